@@ -1,0 +1,28 @@
+"""Quantize and compress Hadaptive-Net for ARM phones, and measure the file that ships."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hadaptive_q.models.checkpoint import load_model, save_model
+    from hadaptive_q.models.hadaptive_net import HadaptiveNet, create_model
+
+__version__ = "0.1.0"
+__all__ = ["HadaptiveNet", "create_model", "load_model", "save_model"]
+
+_HOME = {
+    "HadaptiveNet": "hadaptive_net",
+    "create_model": "hadaptive_net",
+    "load_model": "checkpoint",
+    "save_model": "checkpoint",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Lazy, so that `hadaptive-q --help` and recipe errors answer without loading torch.
+    if name not in _HOME:
+        raise AttributeError(f"module 'hadaptive_q' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(f"hadaptive_q.models.{_HOME[name]}"), name)

@@ -1,0 +1,25 @@
+"""The one error a user causes: a single clear line and exit code 2."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake the user can mend.
+
+    The message is one line: where it happened, what came, what was expected, what to do.
+    The command line prints it without a traceback and exits with code 2.
+    """
+
+    def __init__(self, where: str, got: str, expected: str, remedy: str = "") -> None:
+        self.where, self.got, self.expected, self.remedy = where, got, expected, remedy
+        line = f"{where}: got {got}; expected {expected}"
+        super().__init__(" ".join((line + (f"; {remedy}" if remedy else "")).split()))
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """Return ``did you mean 'x'?`` for the choice nearest to `word`, or an empty string."""
+    found = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
+    return f"did you mean {found[0]!r}?" if found else ""

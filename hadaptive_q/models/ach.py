@@ -1,0 +1,163 @@
+"""Adaptive Cross-Hadamard (ACH): a learned choice of channels whose pairwise products become new channels.
+
+Source: arXiv 2505.22226v2, section on the ACH module.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hadaptive_q.models.config import Norm, SlotOrder
+
+TAU_INITIAL, TAU_MINIMUM, TAU_STEP = 4.0, 0.01, 0.005
+
+
+def pair_indices(cs: int) -> tuple[Tensor, Tensor]:
+    """Return the operands `(i, j)` of every product slot, each `(E,)`, row-major with `i < j`."""
+    i, j = torch.triu_indices(cs, cs, offset=1)
+    return i, j
+
+
+class DySoft(nn.Module):
+    """Dynamic softsign.
+
+    Formula: ``y = w * a q / (1 + |a q|) + b``, bounded by ``b +- |w|``.
+    Shapes: `q` and `y` `(B, E, H, W)`, `a` `(1,)`, `w` and `b` `(1, E, 1, 1)`.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.tensor([0.5]))
+        self.weight = nn.Parameter(torch.ones(1, channels, 1, 1))
+        self.bias = nn.Parameter(torch.zeros(1, channels, 1, 1))
+
+    def forward(self, q: Tensor) -> Tensor:
+        t = self.alpha * q
+        return self.weight * (t / (1 + t.abs())) + self.bias
+
+
+class ChannelScorer(nn.Module):
+    """Score every channel from its mean and those of its four neighbours.
+
+    Formula: ``xi = conv1d_k5(mean_hw(X))``, no bias, no sigmoid. Shapes: `(B, C, H, W) -> (B, C)`.
+
+    The temperature follows the norm of this convolution's gradient: it rises by 0.5 % when the norm did not
+    shrink since the step before, falls by 0.5 % otherwise, within [0.01, 4]. The norm is taken by a hook
+    on the tensor used in the forward pass, so neither `zero_grad` nor a copy of the module can lose it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(nn.Conv1d(1, 1, 5, bias=False).weight.detach().clone())
+        self.register_buffer("tau", torch.tensor(TAU_INITIAL))
+        # NaN stands for "no such step yet"; buffers, so that a resumed run continues exactly.
+        self.register_buffer("gradient_norm", torch.tensor(float("nan")))
+        self.register_buffer("stored_norm", torch.tensor(float("nan")))
+
+    tau: Tensor
+    gradient_norm: Tensor
+    stored_norm: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight
+        if self.training and torch.is_grad_enabled() and weight.requires_grad:
+            self._step_temperature()
+            weight = weight.view_as(weight)
+            weight.register_hook(self._record)
+        means = x.mean((-1, -2), keepdim=True).squeeze(-1).transpose(1, 2)
+        return F.conv1d(means, weight, padding=2).squeeze(1)
+
+    def _record(self, gradient: Tensor) -> None:
+        self.gradient_norm.copy_(gradient.detach().norm())
+
+    @torch.no_grad()
+    def _step_temperature(self) -> None:
+        if not self.gradient_norm.isfinite():
+            return
+        if self.stored_norm.isfinite():
+            sign = 1.0 if self.stored_norm <= self.gradient_norm else -1.0
+            self.tau.mul_(1 + TAU_STEP * sign).clamp_(TAU_MINIMUM, TAU_INITIAL)
+        self.stored_norm.copy_(self.gradient_norm)
+
+
+class ACH(nn.Module):
+    """Adaptive Cross-Hadamard expansion.
+
+    Formula: ``X~ = BN(W X + b)``; ``T = topk(scores(X~), cs)`` per sample, also at inference;
+    ``Q_p = X~[T_i] * X~[T_j]`` for ``i < j``; ``Y = concat(X~, norm(Q))``.
+    Shapes: `(B, C, H, W) -> (B, C + cs (cs - 1) / 2, H, W)`.
+
+    In training the scores carry Gumbel noise times `noise` (1 as published, annealed to 0 by the training
+    schedule) and the chosen channels a factor of value 1 whose gradient reaches the scorer:
+    ``1 + M - stop_gradient(M)`` with ``M = softmax((xi + g) / tau)``.
+    Ties go to the lower channel index.
+
+    `slot_order` "rank": slot (i, j) holds the i-th ranked times the j-th ranked channel (the authors' form);
+    "channel": the chosen channels keep their channel order.
+    `frozen` holds fixed channel indices `(cs,)` instead of the per-sample choice once `freeze` was called.
+    """
+
+    def __init__(self, channels: int, cs: int, norm: Norm = "dysoft", slot_order: SlotOrder = "rank") -> None:
+        super().__init__()
+        if not 2 <= cs <= channels:
+            raise ValueError(f"cs must lie in [2, {channels}], got {cs}")
+        self.cs, self.slot_order = cs, slot_order
+        self.pointwise = nn.Conv2d(channels, channels, 1)
+        self.bn = nn.BatchNorm2d(channels)
+        self.scorer = ChannelScorer()
+        i, j = pair_indices(cs)
+        self.register_buffer("pair_i", i, persistent=False)
+        self.register_buffer("pair_j", j, persistent=False)
+        self.register_buffer("noise", torch.tensor(1.0), persistent=False)
+        self.norm: nn.Module = DySoft(len(i)) if norm == "dysoft" else nn.BatchNorm2d(len(i))
+        self.frozen: Tensor | None = None
+
+    pair_i: Tensor
+    pair_j: Tensor
+    noise: Tensor
+
+    @property
+    def out_channels(self) -> int:
+        return self.pointwise.out_channels + len(self.pair_i)
+
+    def freeze(self, indices: Tensor) -> None:
+        """Fix the chosen channels to `indices` `(cs,)` for every sample (``selection: static``)."""
+        if indices.shape != (self.cs,):
+            raise ValueError(f"expected {self.cs} indices, got shape {tuple(indices.shape)}")
+        self.frozen = indices.to(self.pair_i.device)
+
+    def select(self, scores: Tensor) -> Tensor:
+        """Return the chosen channels `(B, cs)` of `scores` `(B, C)`, as at inference."""
+        chosen = scores.topk(self.cs, dim=1).indices
+        return chosen.sort(dim=1).values if self.slot_order == "channel" else chosen
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn(self.pointwise(x))
+        return torch.cat((x, self.norm(self._products(x))), dim=1)
+
+    def _products(self, x: Tensor) -> Tensor:
+        if self.frozen is not None:
+            return x[:, self.frozen[self.pair_i]] * x[:, self.frozen[self.pair_j]]
+        scores = self.scorer(x)
+        if self.training:
+            z = self._gumbel_gather(x, scores)
+        else:
+            z = gather_channels(x, self.select(scores))
+        return z[:, self.pair_i] * z[:, self.pair_j]
+
+    def _gumbel_gather(self, x: Tensor, scores: Tensor) -> Tensor:
+        # float32 whatever the autocast type: Gumbel noise takes two logarithms.
+        scores = scores.float()
+        noise = -torch.empty_like(scores).exponential_().log()
+        soft = ((scores + self.noise * noise) / self.scorer.tau).softmax(dim=1)
+        chosen = self.select(soft.detach())
+        probability = soft.gather(1, chosen)
+        factor = 1 + probability - probability.detach()
+        return gather_channels(x, chosen) * factor[:, :, None, None].to(x.dtype)
+
+
+def gather_channels(x: Tensor, indices: Tensor) -> Tensor:
+    """Return channels `indices` `(B, K)` of `x` `(B, C, H, W)` as `(B, K, H, W)`."""
+    return x.gather(1, indices[:, :, None, None].expand(-1, -1, *x.shape[2:]))

@@ -1,0 +1,101 @@
+"""Float checkpoints: weights as safetensors, their configuration as JSON beside them.
+
+`model.safetensors` holds tensors only and `model.json` the network's shape and preprocessing, so nothing in a
+checkpoint can execute. `load_model` reads the authors' files too (see `conductor`).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from hadaptive_q.atomic import write_text, write_with
+from hadaptive_q.errors import UserError
+from hadaptive_q.models.conductor import read_conductor
+from hadaptive_q.models.config import HadaptiveNetConfig, Preprocess
+from hadaptive_q.models.hadaptive_net import HadaptiveNet
+
+
+class CheckpointConfig(BaseModel):
+    """The JSON beside the weights."""
+
+    model_config = ConfigDict(extra="forbid")
+    format: int = 1
+    model: HadaptiveNetConfig
+    preprocess: Preprocess | None = None
+    float_top1: float | None = None
+
+
+def save_model(model: HadaptiveNet, path: Path, float_top1: float | None = None) -> None:
+    """Write `path` (`*.safetensors`) and its configuration (`*.json`), each in one step."""
+    config = CheckpointConfig(model=model.config, preprocess=model.preprocess, float_top1=float_top1)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    write_text(path.with_suffix(".json"), config.model_dump_json(indent=1) + "\n")
+    write_with(path, lambda temporary: save_file(tensors, temporary))
+
+
+def load_model(path: str | Path) -> HadaptiveNet:
+    """Return the network stored at `path`, in float32 and eval mode.
+
+    `path`: a `*.safetensors` with its `*.json` beside it, a folder that holds `model.safetensors`, or an
+    authors' checkpoint (`*.pt`, `*.pth`). Half-precision weights are widened to float32.
+    Raises UserError for anything else, a truncated file, or weights that do not fit the configuration.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "model.safetensors"
+    if not path.is_file():
+        raise UserError(f"checkpoint {path}", "no such file", "a .safetensors file, its folder, or a .pt file")
+    if path.suffix == ".safetensors":
+        config, tensors = _read_safetensors(path)
+    else:
+        model_config, tensors = read_conductor(path)
+        config = CheckpointConfig(model=model_config)
+    model = HadaptiveNet(config.model)
+    _load_strictly(model, tensors, path)
+    model.preprocess = config.preprocess
+    return model.eval()
+
+
+def _read_safetensors(path: Path) -> tuple[CheckpointConfig, dict[str, Tensor]]:
+    beside = path.with_suffix(".json")
+    if not beside.is_file():
+        raise UserError(f"checkpoint {path}", f"no {beside.name} beside it", "the configuration written with the weights")
+    try:
+        config = CheckpointConfig.model_validate(json.loads(beside.read_text()))
+    except (ValueError, ValidationError) as error:
+        first = str(error).splitlines()[0]
+        raise UserError(f"checkpoint {beside}", f"'{first}'", "the configuration written with the weights") from error
+    try:
+        return config, load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(
+            f"checkpoint {path}", f"'{error}'", "a whole safetensors file", "it may be truncated: copy it again"
+        ) from error
+
+
+def _load_strictly(model: HadaptiveNet, tensors: dict[str, Tensor], path: Path) -> None:
+    expected = model.state_dict()
+    missing = sorted(expected.keys() - tensors.keys())
+    unknown = sorted(tensors.keys() - expected.keys())
+    if missing or unknown:
+        raise UserError(
+            f"checkpoint {path}",
+            f"{len(missing)} tensors missing, {len(unknown)} unknown (such as {(missing + unknown)[0]})",
+            f"the tensors of {model.config.name}",
+        )
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name].shape:
+            raise UserError(
+                f"checkpoint {path}, {name}", f"shape {tuple(tensor.shape)}", f"{tuple(expected[name].shape)}"
+            )
+        if tensor.is_floating_point() and name.endswith(("weight", "bias")) and not tensor.isfinite().all():
+            raise UserError(f"checkpoint {path}, {name}", "NaN or infinity", "finite weights")
+    with torch.no_grad():
+        model.load_state_dict({n: t.to(expected[n].dtype) for n, t in tensors.items()})
