@@ -1,0 +1,53 @@
+"""One image file to one uint8 tensor: decode, upright, RGB, resize the short side, crop the centre."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from hadaptive_q.errors import UserError
+
+_EXPECTED = "an image that Pillow can read"
+
+
+def check_header(path: Path) -> None:
+    """Raise UserError unless `path` starts like an image; reads only its first bytes."""
+    try:
+        with Image.open(path):
+            pass
+    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(str(path), _reason(error), _EXPECTED, "remove or replace the file") from error
+
+
+def decode(data: bytes, size: int, where: str) -> Tensor:
+    """Return the image in `data` as uint8 `(3, size, size)`.
+
+    `where` names the image in the error raised when it cannot be decoded.
+    """
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns between one and two times its pixel limit and raises above: refuse both.
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(data)) as image:
+                upright = ImageOps.exif_transpose(image).convert("RGB")
+    except (
+        UnidentifiedImageError,
+        OSError,
+        ValueError,
+        SyntaxError,
+        Image.DecompressionBombError,
+        Image.DecompressionBombWarning,
+    ) as error:
+        raise UserError(where, _reason(error), _EXPECTED, "remove or replace it") from error
+    fitted = ImageOps.fit(upright, (size, size), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).contiguous()
+
+
+def _reason(error: Exception) -> str:
+    return f"'{str(error).splitlines()[0] if str(error) else type(error).__name__}'"

@@ -1,0 +1,48 @@
+"""From uint8 batches to network inputs: augmentation in training, normalisation always."""
+
+from __future__ import annotations
+
+import kornia.augmentation as K
+import torch
+from torch import Tensor, nn
+
+from hadaptive_q.models.config import Preprocess
+from hadaptive_q.recipe import AugmentConfig
+
+
+def normalise(images: Tensor, preprocess: Preprocess) -> Tensor:
+    """Return ``(pixel / 255 - mean) / std``, float32 and contiguous NCHW, of uint8 `(B, 3, S, S)`.
+
+    Contiguous whatever the strides of `images`: an example input in channels-last strides would be lowered to a
+    file that expects NHWC and answers garbage to everyone else, without an error.
+    """
+    mean = torch.tensor(preprocess.mean, device=images.device)[:, None, None]
+    std = torch.tensor(preprocess.std, device=images.device)[:, None, None]
+    return ((images.float() / 255 - mean) / std).contiguous(memory_format=torch.contiguous_format)
+
+
+class Augment(nn.Module):
+    """Augment and normalise a uint8 batch; random numbers come from torch's global generator."""
+
+    def __init__(self, config: AugmentConfig, preprocess: Preprocess, mirror: bool) -> None:
+        super().__init__()
+        self.preprocess = preprocess
+        steps: list[nn.Module] = []
+        if config.degrees or config.translate or config.scale:
+            steps.append(
+                K.RandomAffine(
+                    degrees=config.degrees,
+                    translate=(config.translate, config.translate),
+                    scale=(1 - config.scale, 1 + config.scale),
+                    padding_mode="border",
+                    p=1.0,
+                )
+            )
+        if config.mirror and mirror:
+            steps.append(K.RandomHorizontalFlip())
+        self.steps = K.AugmentationSequential(*steps, data_keys=["input"]) if steps else nn.Identity()
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        augmented = self.steps(images.float() / 255)
+        return normalise(augmented * 255, self.preprocess)

@@ -1,0 +1,209 @@
+"""A recipe: one self-contained YAML file that says everything a run does.
+
+Strict: an unknown key is an error that names its path and the nearest key. Free of torch, so that a mistake
+is answered at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import typing
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import ValidationError as PydanticError
+
+from hadaptive_q.errors import UserError, nearest
+from hadaptive_q.models.config import VARIANTS, SlotOrder
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class AugmentConfig(_Section):
+    """Random changes to a training batch, each a maximum; mirroring happens only where the data allows it."""
+
+    degrees: NonNegativeFloat = 10.0
+    translate: float = Field(0.08, ge=0, lt=1)
+    scale: float = Field(0.1, ge=0, lt=1)
+    mirror: bool = True
+
+
+class TrainConfig(_Section):
+    """One training: the float network's, or the fine-tuning under quantization."""
+
+    epochs: PositiveInt
+    batch_size: PositiveInt = 64
+    lr: PositiveFloat
+    weight_decay: NonNegativeFloat = 1e-4
+    warmup: float = Field(0.05, ge=0, lt=1)
+    label_smoothing: float = Field(0.1, ge=0, lt=1)
+    ema: float = Field(0.0, ge=0, lt=1)
+    noise_until: float = Field(0.7, ge=0, le=1)
+    augment: AugmentConfig = AugmentConfig()
+    precision: Literal["auto", "float32", "bf16", "fp16"] = "auto"
+
+
+class CalibrationConfig(_Section):
+    """Which samples calibrate: a manifest by name or path, ``auto`` for the one named after the data."""
+
+    manifest: str = "auto"
+    batch_size: PositiveInt = 64
+
+
+class QuantizeConfig(_Section):
+    """Number formats and how ranges are found."""
+
+    backend: Literal["torchao"] = "torchao"
+    weight_bits: Literal[8] = 8
+    activation_bits: Literal[8] = 8
+    observer: Literal["minmax", "histogram", "mse"] = "mse"
+    ranges: Literal["observed", "learned"] = "observed"
+    selection: Literal["dynamic", "static"] = "dynamic"
+
+
+class FitConfig(TrainConfig):
+    """Quantization-aware fine-tuning."""
+
+    freeze_ranges: float = Field(0.5, ge=0, le=1)
+    distill: float = Field(0.0, ge=0, le=1)
+
+
+class Recipe(_Section):
+    """The resolved recipe; `float` trains the float model where no checkpoint is given."""
+
+    name: str
+    task: Literal["train", "ptq", "qat"]
+    model: str = "hadaptive_net_s"
+    slot_order: SlotOrder = "rank"
+    data: str = "digits"
+    image_size: PositiveInt | None = None
+    seed: NonNegativeInt = 0
+    float: TrainConfig
+    calibration: CalibrationConfig = CalibrationConfig()
+    quantize: QuantizeConfig = QuantizeConfig()
+    fit: FitConfig | None = None
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    def digest(self) -> str:
+        """Return ``sha256:...`` of the resolved recipe, independent of comments and key order."""
+        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return f"sha256:{hashlib.sha256(canonical.encode()).hexdigest()}"
+
+
+def shipped(kind: Literal["recipes", "calib"]) -> dict[str, Path]:
+    """Return the YAML files that ship with the package by name, from the wheel or a checkout."""
+    package = Path(__file__).parent
+    folder = package / "_shipped" / kind
+    if not folder.is_dir():
+        folder = package.parent / kind
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """SafeLoader that refuses duplicate keys and aliases (an alias can grow without bound)."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.constructor.ConstructorError(problem="aliases are not allowed", problem_mark=self.peek_event().start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(problem=f"duplicate key {key!r}", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the mapping in `path`. Raises UserError for anything that is not plain YAML data."""
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
+    except (yaml.YAMLError, OSError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(str(path), f"'{' '.join(str(error).split())}'", "plain YAML") from error
+    if not isinstance(content, dict):
+        raise UserError(str(path), type(content).__name__, "a mapping of keys to values")
+    return content
+
+
+def load_recipe(name: str, settings: list[str] | None = None) -> Recipe:
+    """Return recipe `name` (shipped, or a path to a `*.yaml`) with each ``key.path=value`` of `settings` applied.
+
+    Raises UserError for an unknown recipe, an unknown key or a value of the wrong type.
+    """
+    if name.endswith((".yaml", ".yml")):
+        path = Path(name)
+        if not path.is_file():
+            raise UserError(f"--recipe {name}", "no such file", "a recipe file or a shipped name")
+    else:
+        known = shipped("recipes")
+        if name not in known:
+            raise UserError(f"--recipe {name}", "an unknown recipe", f"one of {', '.join(known)}", nearest(name, known))
+        path = known[name]
+    content = {"name": path.stem, **read_yaml(path)}
+    for setting in settings or []:
+        _apply(content, setting)
+    return parse_recipe(content, str(path))
+
+
+def parse_recipe(content: Mapping[str, Any], where: str) -> Recipe:
+    """Validate `content`. Raises UserError that names the first wrong key and what was expected there."""
+    try:
+        recipe = Recipe.model_validate_json(json.dumps(content))
+    except PydanticError as error:
+        raise _explain(error, where) from error
+    except (TypeError, ValueError) as error:
+        raise UserError(where, f"'{error}'", "numbers, texts, lists and mappings") from error
+    if recipe.model not in VARIANTS:
+        hint = nearest(recipe.model, VARIANTS)
+        raise UserError(f"{where}, model", repr(recipe.model), f"one of {', '.join(VARIANTS)}", hint)
+    if (recipe.fit is None) != (recipe.task != "qat"):
+        raise UserError(f"{where}, task", repr(recipe.task), "'fit' with task: qat, and only there")
+    return recipe
+
+
+def _apply(content: dict[str, Any], setting: str) -> None:
+    key, equals, text = setting.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set {setting}", "no '='", "key=value, such as float.epochs=3")
+    *parents, leaf = key.split(".")
+    target = content
+    for parent in parents:
+        target = target.setdefault(parent, {})
+        if not isinstance(target, dict):
+            raise UserError(f"--set {setting}", f"{parent!r}, which is a single value", "a section of the recipe")
+    try:
+        target[leaf] = yaml.load(text, _UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {setting}", repr(text), "a plain YAML value") from error
+
+
+def _explain(error: PydanticError, where: str) -> UserError:
+    first = error.errors()[0]
+    location = [str(part) for part in first["loc"]]
+    path = ".".join(location)
+    if first["type"] == "extra_forbidden":
+        fields = _fields(location[:-1])
+        return UserError(
+            f"{where}, {path}", "an unknown key", f"one of {', '.join(fields)}", nearest(location[-1], fields)
+        )
+    message = first["msg"].replace("Input should be ", "").removeprefix("Value error, ")
+    got = "nothing" if first["type"] == "missing" else repr(first["input"])
+    return UserError(f"{where}, {path}", got, message[0].lower() + message[1:])
+
+
+def _fields(location: list[str]) -> list[str]:
+    section: type[BaseModel] = Recipe
+    for part in location:
+        annotation = section.model_fields[part].annotation
+        options = (annotation, *typing.get_args(annotation))
+        section = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
+    return list(section.model_fields)

@@ -1,0 +1,207 @@
+"""The training loop: the float network's, and the fine-tuning under quantization.
+
+Every random number of an epoch comes from a seed made of `(seed, epoch)`, so a run that was killed continues
+to the very same weights on CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from hadaptive_q.data.datasets import ImageData, Split
+from hadaptive_q.data.transforms import Augment, normalise
+from hadaptive_q.models.ach import ACH
+from hadaptive_q.models.config import Preprocess
+from hadaptive_q.recipe import TrainConfig
+from hadaptive_q.train.resume import load_state, save_state
+from hadaptive_q.train.schedule import learning_rate_factor, noise_factor
+
+Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
+MAX_GRADIENT_NORM = 5.0
+
+
+@dataclass(frozen=True)
+class Training:
+    """What one training needs besides the model: the settings, a seed and where an interrupted state is kept.
+
+    `loss(model, inputs, labels)` replaces cross entropy; `on_epoch(model, epoch)` runs before every epoch.
+    """
+
+    config: TrainConfig
+    seed: int
+    title: str
+    state_file: Path | None = None
+    key: str = ""
+    loss: Loss | None = None
+    on_epoch: Callable[[nn.Module, int], None] | None = None
+
+
+def train(model: nn.Module, data: ImageData, training: Training) -> nn.Module:
+    """Train `model` in place on `data.train` and return it, with averaged weights where `ema` is set.
+
+    AdamW, linear warm-up, cosine decay; norms, biases and vectors are not decayed.
+    """
+    config = training.config
+    accelerator = Accelerator(mixed_precision=_precision(config.precision))
+    # Set after Accelerator, which may touch the global generator.
+    torch.manual_seed(training.seed)
+    batches = max(1, len(data.train) // config.batch_size)
+    steps = batches * config.epochs
+    augment = Augment(config.augment, data.preprocess, data.mirror)
+    optimizer = torch.optim.AdamW(_parameter_groups(model, config.weight_decay), lr=config.lr)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: learning_rate_factor(step, steps, config.warmup)
+    )
+    average = {n: p.detach().clone() for n, p in model.named_parameters()} if config.ema else {}
+    first = _restore(model, optimizer, scheduler, average, training)
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    loss_of = training.loss or _cross_entropy(config.label_smoothing)
+    with _progress(training.title, steps, first * batches) as advance:
+        for epoch in range(first, config.epochs):
+            if training.on_epoch:
+                training.on_epoch(model, epoch)
+            torch.manual_seed(training.seed * 100_003 + epoch)
+            for index, (images, labels) in enumerate(_shuffled(data.train, config.batch_size, batches)):
+                _set_noise(model, noise_factor(epoch * batches + index, steps, config.noise_until))
+                inputs = augment(images.to(accelerator.device))
+                with accelerator.autocast():
+                    loss = loss_of(wrapped, inputs, labels.to(accelerator.device))
+                if not torch.isfinite(loss):
+                    raise FloatingPointError(f"{training.title}: loss is {loss.item()} in epoch {epoch + 1}")
+                accelerator.backward(loss)
+                accelerator.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+                _update_average(average, model, config.ema)
+                advance(loss.item())
+            if training.state_file and accelerator.is_main_process:
+                state = {
+                    "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "scheduler": {"last_epoch": scheduler.last_epoch},
+                    "average": average,
+                    "epoch": epoch + 1,
+                }
+                save_state(training.state_file, training.key, state)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in average:
+                parameter.copy_(average[name])
+    return model.cpu()
+
+
+def discard_state(training: Training) -> None:
+    """Remove the interrupted state once its result is safely written."""
+    if training.state_file:
+        training.state_file.unlink(missing_ok=True)
+
+
+@torch.no_grad()
+def predict(model: nn.Module, split: Split, preprocess: Preprocess, batch_size: int = 128) -> tuple[Tensor, Tensor]:
+    """Return logits `(N, classes)` and labels `(N,)` over a whole split; the caller sets eval mode."""
+    logits, labels = [], []
+    for images, label in batches_of(split, batch_size):
+        logits.append(model(normalise(images, preprocess)))
+        labels.append(label)
+    return torch.cat(logits), torch.cat(labels)
+
+
+def batches_of(split: Split, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield `(images, labels)` over a split in order, the last batch shorter."""
+    yield from DataLoader(split, batch_size=batch_size)  # type: ignore[arg-type]
+
+
+def _shuffled(split: Split, batch_size: int, batches: int) -> Iterator[tuple[Tensor, Tensor]]:
+    # A split smaller than one batch still gives one: only full sets may drop their last, partial batch.
+    loader: DataLoader[tuple[Tensor, Tensor]] = DataLoader(
+        split,  # type: ignore[arg-type]
+        batch_size=min(batch_size, len(split)),
+        shuffle=True,
+        drop_last=True,
+    )
+    for _, batch in zip(range(batches), loader, strict=False):
+        yield batch
+
+
+def _cross_entropy(label_smoothing: float) -> Loss:
+    def loss(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(model(inputs), labels, label_smoothing=label_smoothing)
+
+    return loss
+
+
+def _precision(name: str) -> str:
+    if name == "auto":
+        return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+    return "no" if name == "float32" else name
+
+
+def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    decayed = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
+    plain = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+
+
+def _set_noise(model: nn.Module, factor: float) -> None:
+    for module in model.modules():
+        if isinstance(module, ACH):
+            module.noise.fill_(factor)
+
+
+@torch.no_grad()
+def _update_average(average: dict[str, Tensor], model: nn.Module, decay: float) -> None:
+    if average:
+        for name, parameter in model.named_parameters():
+            average[name].lerp_(parameter.detach().to(average[name].device), 1 - decay)
+
+
+def _restore(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LambdaLR,
+    average: dict[str, Tensor],
+    training: Training,
+) -> int:
+    state = load_state(training.state_file, training.key) if training.state_file else None
+    if state is None:
+        return 0
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    scheduler.last_epoch = state["scheduler"]["last_epoch"]
+    scheduler._step_count = scheduler.last_epoch + 1
+    average.update(state["average"])
+    return int(state["epoch"])
+
+
+class _progress:
+    """A progress bar on standard error with the loss beside it."""
+
+    def __init__(self, title: str, steps: int, done: int) -> None:
+        columns = (
+            TextColumn(title),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]:.3f}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        self.bar = Progress(*columns, console=Console(stderr=True))
+        self.task = self.bar.add_task(title, total=steps, completed=done, loss=float("nan"))
+
+    def __enter__(self) -> Callable[[float], None]:
+        self.bar.start()
+        return lambda loss: self.bar.update(self.task, advance=1, loss=loss)
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()

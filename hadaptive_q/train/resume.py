@@ -1,0 +1,31 @@
+"""The state of an unfinished training, written in one step after every epoch."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hadaptive_q.atomic import write_with
+from hadaptive_q.errors import UserError
+
+
+def save_state(path: Path, key: str, state: dict[str, Any]) -> None:
+    """Write `state`, marked with `key`: what the training is made of, so that another one does not continue it."""
+    write_with(path, lambda temporary: torch.save({"key": key, **state}, temporary))
+
+
+def load_state(path: Path, key: str) -> dict[str, Any] | None:
+    """Return the state at `path`, or None where there is none or it belongs to another training.
+
+    Only tensors and plain containers are read. Raises UserError for a damaged file.
+    """
+    if not path.is_file():
+        return None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise UserError(str(path), "a damaged training state", "the state of an interrupted run", "delete it") from error
+    return state if isinstance(state, dict) and state.get("key") == key else None
