@@ -1,0 +1,169 @@
+"""The torchao backend: PT2E prepare and convert, with a quantizer that carries out a `Plan`.
+
+Each step returns a type of its own, so that a wrong order does not type-check:
+`prepare` -> Prepared, `calibrate` -> Calibrated, (`start_fit`, training, `end_fit`,) `convert` -> QuantizedProgram.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+from torchao.quantization.pt2e.quantizer import (
+    QuantizationAnnotation,
+    QuantizationSpec,
+    Quantizer,
+    SharedQuantizationSpec,
+)
+from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
+
+from hadaptive_q.errors import UserError
+from hadaptive_q.models.config import Preprocess
+from hadaptive_q.quant.fake_quant import (
+    ActivationFakeQuantize,
+    PerChannelWeightFakeQuantize,
+    activation_constructor,
+    weight_constructor,
+)
+from hadaptive_q.quant.formats import ActivationFormat, WeightFormat
+from hadaptive_q.quant.observers import ObserverName
+from hadaptive_q.quant.plan import Plan
+from hadaptive_q.quant.program import QuantizedProgram
+from hadaptive_q.rewrite.drop_no_ops import drop_no_ops
+from hadaptive_q.rewrite.graph import set_dropout
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The deploy graph with a fake-quantizer at every tensor the plan quantizes; nothing measured yet."""
+
+    graph: GraphModule
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """Every activation range is known; the graph computes what the converted program will."""
+
+    graph: GraphModule
+    plan: Plan
+
+
+class PlanQuantizer(Quantizer):  # type: ignore[misc]
+    """Turn a plan into PT2E annotations: tensors are annotated where they are made, weights where they are read."""
+
+    def __init__(self, plan: Plan, observer: ObserverName) -> None:
+        self.plan, self.observer = plan, observer
+
+    def annotate(self, model: GraphModule) -> GraphModule:
+        nodes = {node.name: node for node in model.graph.nodes}
+        for name, form in self.plan.activations.items():
+            shared = self.plan.shared.get(name)
+            spec = SharedQuantizationSpec(nodes[shared]) if shared else self._activation(form)
+            node = nodes[name]
+            node.meta[Q_ANNOTATION_KEY] = QuantizationAnnotation(
+                input_qspec_map=self._weight(node), output_qspec=spec, _annotated=True
+            )
+        return model
+
+    def validate(self, model: GraphModule) -> None:
+        pass
+
+    def _weight(self, node: Node) -> dict[Node, QuantizationSpec]:
+        form = self.plan.weights.get(node.name)
+        if form is None:
+            return {}
+        weight = node.args[1]
+        assert isinstance(weight, Node)
+        return {weight: _weight_spec(form)}
+
+    def _activation(self, form: ActivationFormat) -> QuantizationSpec:
+        low, high = form.code_range
+        return QuantizationSpec(
+            dtype=torch.int8,
+            observer_or_fake_quant_ctr=activation_constructor(form, self.observer),
+            quant_min=low,
+            quant_max=high,
+            qscheme=torch.per_tensor_affine,
+        )
+
+
+def _weight_spec(form: WeightFormat) -> QuantizationSpec:
+    low, high = form.code_range
+    return QuantizationSpec(
+        dtype=torch.int8,
+        observer_or_fake_quant_ctr=weight_constructor(form),
+        quant_min=low,
+        quant_max=high,
+        qscheme=torch.per_channel_symmetric,
+        ch_axis=0,
+    )
+
+
+def prepare(graph: GraphModule, plan: Plan, observer: ObserverName) -> Prepared:
+    """Insert the fake-quantizers of `plan` into `graph` (in place)."""
+    return Prepared(prepare_pt2e(graph, PlanQuantizer(plan, observer)), plan)
+
+
+@torch.no_grad()
+def calibrate(prepared: Prepared, batches: Iterable[Tensor]) -> Calibrated:
+    """Watch `batches` of network inputs, then fix every range.
+
+    Raises UserError where a tensor holds NaN or infinity.
+    """
+    for index, inputs in enumerate(batches):
+        try:
+            prepared.graph(inputs)
+        except FloatingPointError as error:
+            raise UserError(
+                f"calibration, batch {index + 1}", str(error), "finite activations", "check the checkpoint and the images"
+            ) from error
+    for quantizer in activation_quantizers(prepared.graph):
+        quantizer.fix()
+    return Calibrated(prepared.graph, prepared.plan)
+
+
+def start_fit(calibrated: Calibrated, learned: bool) -> None:
+    """Make ready for training: dropout on, ranges learned or following the batches."""
+    set_dropout(calibrated.graph, active=True)
+    for quantizer in activation_quantizers(calibrated.graph):
+        quantizer.learn(learned)
+        quantizer.follow = not learned
+
+
+def freeze_ranges(calibrated: Calibrated) -> None:
+    """Keep every activation range from now on; weights go on training against them."""
+    for quantizer in activation_quantizers(calibrated.graph):
+        quantizer.learn(False)
+        quantizer.follow = False
+
+
+def end_fit(calibrated: Calibrated) -> None:
+    """Back to eval behaviour: dropout off, ranges fixed."""
+    freeze_ranges(calibrated)
+    set_dropout(calibrated.graph, active=False)
+
+
+def convert(calibrated: Calibrated, preprocess: Preprocess) -> QuantizedProgram:
+    """Replace the fake-quantizers by quantize/dequantize operators with their scales; weights become codes."""
+    graph = calibrated.graph
+    for module in graph.modules():
+        if isinstance(module, PerChannelWeightFakeQuantize):
+            module.enable_fake_quant()
+    # One pass measures every weight as it is now: convert reads the scales, not the weights.
+    with torch.no_grad():
+        graph(torch.zeros(2, 3, preprocess.image_size, preprocess.image_size))
+    converted = convert_pt2e(graph)
+    drop_no_ops(converted)
+    return QuantizedProgram(converted, calibrated.plan, preprocess)
+
+
+def activation_quantizers(graph: GraphModule) -> Iterator[ActivationFakeQuantize]:
+    """Yield every activation quantizer once, also where tensors share it."""
+    for module in graph.modules():
+        if isinstance(module, ActivationFakeQuantize):
+            yield module

@@ -1,0 +1,173 @@
+"""Fake-quantizers whose scales are the ones that ship.
+
+The scale used in training, the scale written at convert and the rounding are one and the same, so that the
+fake-quantized network in eval mode and the converted program agree bit for bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchao.quantization.pt2e import FakeQuantizeBase
+
+from hadaptive_q.quant.formats import SMALLEST_SCALE, ActivationFormat, WeightFormat
+from hadaptive_q.quant.observers import ObserverName, RangeObserver
+
+MOVING_AVERAGE = 0.02
+
+
+class _FakeQuantizePerTensor(torch.autograd.Function):
+    """Quantize and dequantize per tensor; gradients for `x` (straight-through) and the scale (LSQ).
+
+    Source of the scale's gradient: Esser et al., "Learned Step Size Quantization", ICLR 2020, equation 3.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
+        ctx.save_for_backward(x, scale, zero_point)
+        ctx.codes = low, high
+        return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, low, high)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, zero_point = ctx.saved_tensors
+        low, high = ctx.codes
+        ratio = x / scale
+        codes = ratio.round() + zero_point
+        inside = (codes >= low) & (codes <= high)
+        scale_gradient = None
+        if ctx.needs_input_grad[1]:
+            clipped = codes.clamp(low, high) - zero_point
+            step = torch.where(inside, clipped - ratio, clipped)
+            scale_gradient = (gradient * step).sum() / (x.numel() * high) ** 0.5
+            scale_gradient = scale_gradient.reshape(scale.shape)
+        return gradient * inside, scale_gradient, None, None, None
+
+
+class ActivationFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
+    """Per-tensor affine fake-quantizer of an activation.
+
+    Formula: ``y = (clamp(round(x / s) + z, low, high) - z) * s``; `s` float32 `(1,)`, `z` int32 `(1,)`.
+    Phases: `observe` (values pass and are watched), then quantizing with ranges that are fixed, that follow
+    a moving average of the batch (`follow`), or whose scale is learned (`learn`; the zero point stays).
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    dtype = torch.int8
+    qscheme = torch.per_tensor_affine
+    is_dynamic = False
+
+    def __init__(self, observer: ObserverName = "minmax", quant_min: int = -128, quant_max: int = 127, **_: Any) -> None:
+        super().__init__()
+        self.quant_min, self.quant_max = quant_min, quant_max
+        self.observer = RangeObserver(observer, quant_max - quant_min + 1)
+        self.scale = nn.Parameter(torch.ones(1), requires_grad=False)
+        self.register_buffer("zero_point", torch.zeros(1, dtype=torch.int32))
+        self.register_buffer("low", torch.zeros(()))
+        self.register_buffer("high", torch.zeros(()))
+        self.follow = False
+        self.observe()
+
+    low: Tensor
+    high: Tensor
+
+    def observe(self) -> None:
+        """Watch values and pass them on unchanged."""
+        self.enable_observer()
+        self.disable_fake_quant()
+
+    def fix(self) -> None:
+        """End observation: compute the scale and quantize from now on."""
+        self.low, self.high = (end.clone() for end in self.observer.range())
+        self._set_qparams()
+        self.disable_observer()
+        self.enable_fake_quant()
+
+    def learn(self, active: bool) -> None:
+        """Let the optimizer move the scale, or stop it."""
+        self.scale.requires_grad_(active)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.observer_enabled[0]:
+            self.observer.watch(x)
+        if not self.fake_quant_enabled[0]:
+            return x
+        if self.follow and torch.is_grad_enabled():
+            self._follow(x)
+        scale = self.scale
+        if scale.requires_grad:
+            # The optimizer may step below the smallest scale; what is used is what would be written.
+            scale = scale.clamp_min(SMALLEST_SCALE)
+        out: Tensor = _FakeQuantizePerTensor.apply(x, scale, self.zero_point, self.quant_min, self.quant_max)
+        return out
+
+    def calculate_qparams(self, **_: Any) -> tuple[Tensor, Tensor]:
+        return self.scale.detach().clamp_min(SMALLEST_SCALE), self.zero_point
+
+    @torch.no_grad()
+    def _follow(self, x: Tensor) -> None:
+        low, high = x.aminmax()
+        self.low.lerp_(low.clamp_max(0), MOVING_AVERAGE)
+        self.high.lerp_(high.clamp_min(0), MOVING_AVERAGE)
+        self._set_qparams()
+
+    @torch.no_grad()
+    def _set_qparams(self) -> None:
+        scale = ((self.high - self.low) / (self.quant_max - self.quant_min)).clamp_min(SMALLEST_SCALE)
+        zero_point = (self.quant_min - self.low / scale).round().clamp(self.quant_min, self.quant_max)
+        self.scale.copy_(scale.reshape(1))
+        self.zero_point.copy_(zero_point.reshape(1).to(torch.int32))
+
+
+class PerChannelWeightFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
+    """Per-output-channel symmetric fake-quantizer of a weight.
+
+    Formula: ``s_c = max |w_c| / high`` of the weight as it is now, ``y = clamp(round(w / s_c), -high, high) * s_c``.
+    Shapes: `w` `(C, ...)`, `s` `(C,)`.
+    (torchao derives its constructor arguments from "PerChannel" in the name.)
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    dtype = torch.int8
+    qscheme = torch.per_channel_symmetric
+    is_dynamic = False
+    ch_axis = 0
+
+    def __init__(self, quant_min: int = -127, quant_max: int = 127, **_: Any) -> None:
+        super().__init__()
+        self.quant_min, self.quant_max = quant_min, quant_max
+        self.register_buffer("scale", torch.ones(1))
+        self.register_buffer("zero_point", torch.zeros(1, dtype=torch.int32))
+
+    def forward(self, w: Tensor) -> Tensor:
+        self._measure(w)
+        if not self.fake_quant_enabled[0]:
+            return w
+        return torch.fake_quantize_per_channel_affine(
+            w, self.scale, self.zero_point, self.ch_axis, self.quant_min, self.quant_max
+        )
+
+    def calculate_qparams(self, **_: Any) -> tuple[Tensor, Tensor]:
+        return self.scale, self.zero_point
+
+    @torch.no_grad()
+    def _measure(self, w: Tensor) -> None:
+        scale = w.abs().amax(dim=tuple(range(1, w.dim()))) / self.quant_max
+        self.scale = scale.clamp_min(torch.finfo(torch.float32).eps)
+        self.zero_point = torch.zeros_like(scale, dtype=torch.int32)
+
+
+def activation_constructor(form: ActivationFormat, observer: ObserverName) -> Any:
+    """Return the constructor torchao calls for every quantized tensor."""
+    low, high = form.code_range
+    return ActivationFakeQuantize.with_args(observer=observer, quant_min=low, quant_max=high)
+
+
+def weight_constructor(form: WeightFormat) -> Any:
+    """Return the constructor torchao calls for every quantized weight."""
+    low, high = form.code_range
+    return PerChannelWeightFakeQuantize.with_args(quant_min=low, quant_max=high)

@@ -1,0 +1,32 @@
+"""Number formats: small frozen values that say how a tensor is stored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ActivationFormat:
+    """Affine, per tensor: ``x ~ (code - zero_point) * scale`` with codes in [-2^(bits-1), 2^(bits-1) - 1]."""
+
+    bits: int = 8
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        return -(1 << (self.bits - 1)), (1 << (self.bits - 1)) - 1
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """Symmetric, per output channel: ``w ~ code * scale[channel]`` with codes in +-(2^(bits-1) - 1)."""
+
+    bits: int = 8
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        top = (1 << (self.bits - 1)) - 1
+        return -top, top
+
+
+# XNNPACK's quantizer never goes below this scale; smaller ones overflow its fixed-point rescaling.
+SMALLEST_SCALE = 2.0**-12

@@ -1,0 +1,66 @@
+"""The plan: which tensors of the deploy graph are stored in which format, decided before any tensor moves.
+
+A tensor is quantized once, where it is made, and every reader sees the same codes. Quantized are the inputs
+and outputs of convolutions, linears, residual additions and concatenations; views share their source's codes.
+Everything else stays in float: the scores that select channels, the products and their norm.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch.fx import GraphModule, Node
+
+from hadaptive_q.quant.formats import ActivationFormat, WeightFormat
+from hadaptive_q.recipe import QuantizeConfig
+from hadaptive_q.rewrite.graph import aten
+
+WEIGHTED = (aten.conv2d.default, aten.linear.default)
+VIEWS = (aten.flatten.using_ints, aten.dropout.default, aten.view.default, aten.reshape.default)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Formats by node name. `shared` maps a tensor to the one whose scale it uses."""
+
+    activations: dict[str, ActivationFormat] = field(default_factory=dict)
+    weights: dict[str, WeightFormat] = field(default_factory=dict)
+    shared: dict[str, str] = field(default_factory=dict)
+
+
+def make_plan(graph: GraphModule, config: QuantizeConfig) -> Plan:
+    """Resolve `config` on the deploy graph `graph`."""
+    activation = ActivationFormat(config.activation_bits)
+    plan = Plan()
+    for node in graph.graph.nodes:
+        if node.target in WEIGHTED:
+            plan.weights[node.name] = WeightFormat(config.weight_bits)
+        if not _computes_on_codes(node):
+            continue
+        for tensor in (*_activation_inputs(node), node):
+            plan.activations[tensor.name] = activation
+    # Views first seen from their reader: the tensor behind them carries the same codes.
+    for node in reversed(graph.graph.nodes):
+        if node.name in plan.activations and node.target in VIEWS:
+            plan.activations[node.args[0].name] = activation
+            plan.shared[node.name] = node.args[0].name
+    for node in graph.graph.nodes:
+        if node.target == aten.cat.default:
+            first, *rest = node.args[0]
+            plan.shared.update({tensor.name: first.name for tensor in (*rest, node)})
+    return plan
+
+
+def _computes_on_codes(node: Node) -> bool:
+    if node.target in (*WEIGHTED, aten.cat.default):
+        return True
+    # A residual adds two activations; the additions inside a norm add a number or a parameter.
+    return node.target == aten.add.Tensor and len(_activation_inputs(node)) == 2
+
+
+def _activation_inputs(node: Node) -> list[Node]:
+    arguments: Any = node.args[0] if node.target == aten.cat.default else node.args
+    if node.target in WEIGHTED:
+        arguments = node.args[:1]
+    return [argument for argument in arguments if isinstance(argument, Node) and argument.op != "get_attr"]

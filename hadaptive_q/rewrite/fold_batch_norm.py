@@ -1,0 +1,64 @@
+"""Fold BatchNorm into the convolution before it; elsewhere turn it into a per-channel scale and shift.
+
+Formula: ``g = gamma / sqrt(var + eps)``; ``W' = g W``, ``b' = g (b - mean) + beta``.
+Folding before QAT leaves no BatchNorm whose epsilon, momentum or mode a later step could change.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from hadaptive_q.rewrite.graph import add_parameter, aten, calls, constant, finish
+
+
+def fold_batch_norm(graph: GraphModule) -> int:
+    """Fold every BatchNorm in place and return how many there were."""
+    count = 0
+    for node in calls(graph, aten.batch_norm.default):
+        scale, shift = _affine(graph, node)
+        source = node.args[0]
+        assert isinstance(source, Node)
+        weight = constant(graph, source.args[1]) if source.target == aten.conv2d.default else None
+        if weight is not None and len(source.users) == 1:
+            _into_convolution(graph, source, weight, scale, shift)
+            node.replace_all_uses_with(source)
+        else:
+            _as_affine(graph, node, source, scale, shift)
+        count += 1
+    finish(graph)
+    return count
+
+
+def _affine(graph: GraphModule, node: Node) -> tuple[Tensor, Tensor]:
+    gamma, beta, mean, variance = (constant(graph, argument) for argument in node.args[1:5])
+    assert mean is not None
+    assert variance is not None
+    epsilon = node.args[7]
+    assert isinstance(epsilon, float)
+    scale = torch.rsqrt(variance + epsilon)
+    if gamma is not None:
+        scale = scale * gamma
+    shift = -mean * scale
+    return scale.detach(), (shift if beta is None else shift + beta).detach()
+
+
+def _into_convolution(graph: GraphModule, conv: Node, weight: Tensor, scale: Tensor, shift: Tensor) -> None:
+    bias = constant(graph, conv.args[2]) if len(conv.args) > 2 else None
+    folded_bias = shift if bias is None else bias * scale + shift
+    name = str(conv.args[1])
+    new_weight = add_parameter(graph, f"{name}_folded", weight * scale.reshape(-1, 1, 1, 1), conv)
+    new_bias = add_parameter(graph, f"{name}_bias", folded_bias, conv)
+    conv.args = (conv.args[0], new_weight, new_bias, *conv.args[3:])
+
+
+def _as_affine(graph: GraphModule, node: Node, source: Node, scale: Tensor, shift: Tensor) -> None:
+    scale_node = add_parameter(graph, f"{node.name}_scale", scale.reshape(1, -1, 1, 1), node)
+    shift_node = add_parameter(graph, f"{node.name}_shift", shift.reshape(1, -1, 1, 1), node)
+    with graph.graph.inserting_before(node):
+        scaled = graph.graph.call_function(aten.mul.Tensor, (source, scale_node))
+        shifted = graph.graph.call_function(aten.add.Tensor, (scaled, shift_node))
+    for new in (scaled, shifted):
+        new.meta = dict(node.meta)
+    node.replace_all_uses_with(shifted)

@@ -1,0 +1,87 @@
+"""The deploy graph: the float network as a `torch.fx` graph of ATen operators, and the edits every rewrite needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+aten = torch.ops.aten
+
+
+def trace(model: nn.Module, image_size: int) -> GraphModule:
+    """Return `model` (eval mode) as a graph with a free batch dimension for images `(B, 3, S, S)`.
+
+    The graph shares no tensor with `model`; dropout stays in it, switched off (see `dropout`).
+    """
+    example = torch.zeros(2, 3, image_size, image_size)
+    batch = torch.export.Dim("batch", min=1, max=1024)
+    with torch.no_grad():
+        exported = torch.export.export(model.eval(), (example,), dynamic_shapes=({0: batch},))
+    graph = exported.module(check_guards=False)
+    assert isinstance(graph, GraphModule)
+    for name, parameter in list(graph.named_parameters()):
+        _assign(graph, name, nn.Parameter(parameter.detach().clone()))
+    return graph
+
+
+def calls(graph: GraphModule, *targets: object) -> Iterator[Node]:
+    """Yield the calls of `targets` in topological order; the graph may be edited meanwhile."""
+    yield from [n for n in graph.graph.nodes if n.op == "call_function" and n.target in targets]
+
+
+def constant(graph: GraphModule, node: object) -> Tensor | None:
+    """Return the parameter or buffer that `node` reads, or None if it is something else."""
+    if not isinstance(node, Node) or node.op != "get_attr":
+        return None
+    value: object = graph
+    for part in str(node.target).split("."):
+        value = getattr(value, part)
+    return value if isinstance(value, Tensor) else None
+
+
+def add_parameter(graph: GraphModule, name: str, value: Tensor, before: Node) -> Node:
+    """Register `value` as a trainable parameter near `name` and return the node that reads it."""
+    base = name.replace(".", "_")
+    unique, count = base, 0
+    while hasattr(graph, unique):
+        count += 1
+        unique = f"{base}_{count}"
+    graph.register_parameter(unique, nn.Parameter(value.detach().clone()))
+    with graph.graph.inserting_before(before):
+        node = graph.graph.get_attr(unique)
+    node.meta["val"] = value.detach()
+    return node
+
+
+def finish(graph: GraphModule) -> None:
+    """Drop what no longer has a user, forget unread parameters, and recompile."""
+    graph.graph.eliminate_dead_code()
+    graph.delete_all_unused_submodules()
+    read = {str(n.target) for n in graph.graph.nodes if n.op == "get_attr"}
+    for name, _ in [*graph.named_parameters(), *graph.named_buffers()]:
+        if name not in read:
+            owner, _, leaf = name.rpartition(".")
+            delattr(graph.get_submodule(owner), leaf)
+    graph.graph.lint()
+    graph.recompile()
+
+
+def module_path(node: Node) -> str:
+    """Return the dotted name of the innermost module that `node` came from, or an empty string."""
+    stack = node.meta.get("nn_module_stack")
+    return str(list(stack.values())[-1][0]) if stack else ""
+
+
+def set_dropout(graph: GraphModule, active: bool) -> None:
+    """Switch dropout on or off; its probability is never touched."""
+    for node in calls(graph, aten.dropout.default):
+        node.update_arg(2, active)
+    graph.recompile()
+
+
+def _assign(root: nn.Module, name: str, value: nn.Parameter) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(root.get_submodule(owner), leaf, value)

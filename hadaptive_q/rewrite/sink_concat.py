@@ -1,0 +1,80 @@
+"""Sink a concatenation through depthwise convolutions and element-wise activations.
+
+Formula: ``dw(cat(a, b)) = cat(dw_a(a), dw_b(b))`` and ``act(cat(a, b)) = cat(act(a), act(b))``.
+A depthwise convolution acts on every channel alone, so this is exact and costs no multiplication. It lets each
+part keep a scale of its own: XNNPACK wants one scale for all inputs of a concatenation, and an ACH's X~ and
+its products have nothing in common (sharing cost 10 to 16 dB on activations four to eight times larger).
+"""
+
+from __future__ import annotations
+
+from torch.fx import GraphModule, Node
+
+from hadaptive_q.rewrite.graph import add_parameter, aten, calls, constant, finish
+
+_ELEMENTWISE = (aten.hardswish.default, aten.hardswish_.default)
+
+
+def sink_concat(graph: GraphModule) -> int:
+    """Sink every channel concatenation in place and return how many operators changed sides."""
+    count = 0
+    while moved := sum(_sink(graph, node) for node in calls(graph, aten.cat.default)):
+        count += moved
+    finish(graph)
+    return count
+
+
+def _sink(graph: GraphModule, cat: Node) -> bool:
+    parts = cat.args[0]
+    channel_axis = len(cat.args) > 1 and cat.args[1] == 1
+    if not channel_axis or len(cat.users) != 1 or not isinstance(parts, list | tuple):
+        return False
+    user = next(iter(cat.users))
+    nodes = [part for part in parts if isinstance(part, Node)]
+    if user.target in _ELEMENTWISE:
+        moved = [_repeat(graph, user, (part,)) for part in nodes]
+    elif user.target == aten.conv2d.default and _is_depthwise(graph, user):
+        moved = _split_depthwise(graph, user, nodes)
+    else:
+        return False
+    with graph.graph.inserting_before(user):
+        new = graph.graph.call_function(aten.cat.default, (moved, 1))
+    new.meta = dict(user.meta)
+    user.replace_all_uses_with(new)
+    graph.graph.erase_node(user)
+    graph.graph.erase_node(cat)
+    return True
+
+
+def _is_depthwise(graph: GraphModule, conv: Node) -> bool:
+    weight = constant(graph, conv.args[1])
+    groups = conv.args[6] if len(conv.args) > 6 else 1
+    return weight is not None and weight.shape[1] == 1 and groups == weight.shape[0]
+
+
+def _split_depthwise(graph: GraphModule, conv: Node, parts: list[Node]) -> list[Node]:
+    weight = constant(graph, conv.args[1])
+    bias = constant(graph, conv.args[2])
+    assert weight is not None
+    start, moved = 0, []
+    for index, part in enumerate(parts):
+        channels = int(part.meta["val"].shape[1])
+        rows = slice(start, start + channels)
+        name = f"{conv.args[1]}_{index}"
+        part_weight = add_parameter(graph, name, weight[rows], conv)
+        part_bias = None if bias is None else add_parameter(graph, f"{name}_bias", bias[rows], conv)
+        moved.append(_repeat(graph, conv, (part, part_weight, part_bias, *conv.args[3:6], channels)))
+        start += channels
+    return moved
+
+
+def _repeat(graph: GraphModule, node: Node, args: tuple[object, ...]) -> Node:
+    """Insert `node`'s operator on other arguments, keeping its origin and the shape of its first argument."""
+    with graph.graph.inserting_before(node):
+        new = graph.graph.call_function(node.target, args)  # type: ignore[arg-type]
+    new.meta = dict(node.meta)
+    source = args[0]
+    assert isinstance(source, Node)
+    like = node.meta["val"]
+    new.meta["val"] = like.new_empty((like.shape[0], source.meta["val"].shape[1], *like.shape[2:]))
+    return new
