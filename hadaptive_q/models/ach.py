@@ -35,7 +35,7 @@ class DySoft(nn.Module):
 
     def forward(self, q: Tensor) -> Tensor:
         t = self.alpha * q
-        return self.weight * (t / (1 + t.abs())) + self.bias
+        return self.weight * (t / (1.0 + t.abs())) + self.bias
 
 
 class ChannelScorer(nn.Module):
@@ -112,11 +112,16 @@ class ACH(nn.Module):
         self.register_buffer("pair_j", j, persistent=False)
         self.register_buffer("noise", torch.tensor(1.0), persistent=False)
         self.norm: nn.Module = DySoft(len(i)) if norm == "dysoft" else nn.BatchNorm2d(len(i))
-        self.frozen: Tensor | None = None
+        self.register_buffer("frozen", None, persistent=False)
+        self.register_buffer("frozen_i", None, persistent=False)
+        self.register_buffer("frozen_j", None, persistent=False)
 
     pair_i: Tensor
     pair_j: Tensor
     noise: Tensor
+    frozen: Tensor | None
+    frozen_i: Tensor
+    frozen_j: Tensor
 
     @property
     def out_channels(self) -> int:
@@ -127,6 +132,7 @@ class ACH(nn.Module):
         if indices.shape != (self.cs,):
             raise ValueError(f"expected {self.cs} indices, got shape {tuple(indices.shape)}")
         self.frozen = indices.to(self.pair_i.device)
+        self.frozen_i, self.frozen_j = self.frozen[self.pair_i], self.frozen[self.pair_j]
 
     def select(self, scores: Tensor) -> Tensor:
         """Return the chosen channels `(B, cs)` of `scores` `(B, C)`, as at inference."""
@@ -139,7 +145,7 @@ class ACH(nn.Module):
 
     def _products(self, x: Tensor) -> Tensor:
         if self.frozen is not None:
-            return x[:, self.frozen[self.pair_i]] * x[:, self.frozen[self.pair_j]]
+            return x[:, self.frozen_i] * x[:, self.frozen_j]
         scores = self.scorer(x)
         if self.training:
             z = self._gumbel_gather(x, scores)

@@ -29,15 +29,27 @@ class CheckpointConfig(BaseModel):
     format: int = 1
     model: HadaptiveNetConfig
     preprocess: Preprocess | None = None
-    float_top1: float | None = None
+    training_key: str | None = None
 
 
-def save_model(model: HadaptiveNet, path: Path, float_top1: float | None = None) -> None:
-    """Write `path` (`*.safetensors`) and its configuration (`*.json`), each in one step."""
-    config = CheckpointConfig(model=model.config, preprocess=model.preprocess, float_top1=float_top1)
+def save_model(model: HadaptiveNet, path: Path, training_key: str | None = None) -> None:
+    """Write `path` (`*.safetensors`) and its configuration (`*.json`), each in one step.
+
+    `training_key` says what the weights were trained from, so that a finished training is not repeated.
+    """
+    config = CheckpointConfig(model=model.config, preprocess=model.preprocess, training_key=training_key)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    write_text(path.with_suffix(".json"), config.model_dump_json(indent=1) + "\n")
+    # Removed first, written last: a configuration must never stand beside other weights.
+    path.with_suffix(".json").unlink(missing_ok=True)
     write_with(path, lambda temporary: save_file(tensors, temporary))
+    write_text(path.with_suffix(".json"), config.model_dump_json(indent=1) + "\n")
+
+
+def read_training_key(path: Path) -> str | None:
+    """Return what the weights at `path` were trained from, or None where that is unknown or they are missing."""
+    if not path.is_file() or not path.with_suffix(".json").is_file():
+        return None
+    return _read_safetensors(path)[0].training_key
 
 
 def load_model(path: str | Path) -> HadaptiveNet:

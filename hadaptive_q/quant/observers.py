@@ -40,7 +40,10 @@ class RangeObserver(nn.Module):
         self.high.copy_(torch.maximum(self.high, high))
         if self.name == "mse":
             flat = x.detach().reshape(-1)
-            self.samples.append(flat[:: max(1, flat.numel() // SAMPLES_PER_BATCH)].clone())
+            # Drawn, not strided: a stride that divides the image's width would see one column only.
+            generator = torch.Generator().manual_seed(len(self.samples))
+            drawn = torch.randint(flat.numel(), (SAMPLES_PER_BATCH,), generator=generator)
+            self.samples.append(flat[drawn.to(flat.device)])
 
     @torch.no_grad()
     def range(self) -> tuple[Tensor, Tensor]:

@@ -9,10 +9,11 @@ from torch.fx import GraphModule
 
 from hadaptive_q.rewrite.fold_batch_norm import fold_batch_norm
 from hadaptive_q.rewrite.graph import trace
+from hadaptive_q.rewrite.merge_convolutions import merge_convolutions
 from hadaptive_q.rewrite.sink_concat import sink_concat
 
-# In this order: concatenations sink through convolutions that already carry their BatchNorm.
-REWRITES: tuple[Callable[[GraphModule], int], ...] = (fold_batch_norm, sink_concat)
+# In this order: convolutions merge and concatenations sink once the convolutions carry their BatchNorm.
+REWRITES: tuple[Callable[[GraphModule], int], ...] = (fold_batch_norm, merge_convolutions, sink_concat)
 
 
 def deploy_graph(model: nn.Module, image_size: int) -> GraphModule:

@@ -35,6 +35,7 @@ from hadaptive_q.quant.plan import Plan
 from hadaptive_q.quant.program import QuantizedProgram
 from hadaptive_q.rewrite.drop_no_ops import drop_no_ops
 from hadaptive_q.rewrite.graph import set_dropout
+from hadaptive_q.rewrite.split_dequantize import split_dequantize
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,7 @@ def convert(calibrated: Calibrated, preprocess: Preprocess) -> QuantizedProgram:
         graph(torch.zeros(2, 3, preprocess.image_size, preprocess.image_size))
     converted = convert_pt2e(graph)
     drop_no_ops(converted)
+    split_dequantize(converted)
     return QuantizedProgram(converted, calibrated.plan, preprocess)
 
 

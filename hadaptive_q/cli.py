@@ -1,0 +1,194 @@
+"""The command line. Every command imports what it needs when it runs: `--help` and mistakes answer at once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from hadaptive_q.errors import UserError, nearest
+from hadaptive_q.models.config import VARIANTS
+from hadaptive_q.recipe import Recipe, load_recipe, shipped
+
+app = typer.Typer(
+    help="Quantize and compress Hadaptive-Net for ARM phones, and measure the file that ships.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Data = Annotated[str | None, typer.Option(help="digits, glyphs, a folder of class folders, or hf:NAME.")]
+Out = Annotated[Path | None, typer.Option(help="Folder for the results; runs/RECIPE-DATA unless given.")]
+Checkpoint = Annotated[Path | None, typer.Option(help="Float model to start from: .safetensors or an authors' .pt.")]
+Settings = Annotated[list[str] | None, typer.Option("--set", help="Replace a recipe field: key.path=value.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of every random number.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+
+
+def _recipe(name: str, settings: list[str] | None, task: Literal["train", "ptq", "qat"], **fields: Any) -> Recipe:
+    given = [f"{key}={json.dumps(value)}" for key, value in fields.items() if value is not None]
+    recipe = load_recipe(name, [*given, *(settings or [])])
+    if recipe.task != task:
+        raise UserError(f"--recipe {name}", f"a recipe for {recipe.task}", f"one for {task}", f"run: hadaptive-q {recipe.task}")
+    return recipe
+
+
+def _folder(recipe: Recipe, out: Path | None) -> Path:
+    return out or Path("runs") / f"{recipe.name}-{Path(recipe.data.removeprefix('hf:')).stem}"
+
+
+@app.command()
+def train(
+    model: Annotated[str | None, typer.Option(help=f"One of {', '.join(VARIANTS)}.")] = None,
+    data: Data = None,
+    out: Out = None,
+    recipe: Annotated[str, typer.Option(help="A shipped recipe for train, or a YAML file.")] = "float",
+    set_: Settings = None,
+    seed: Seed = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train a float network."""
+    resolved = _recipe(recipe, set_, "train", model=model, data=data, seed=seed)
+    from hadaptive_q.lower.parity import top1
+    from hadaptive_q.pipeline import train_float
+
+    folder = _folder(resolved, out)
+    _, trained = _finite(lambda: train_float(resolved, folder))
+    accuracy = top1(trained.logits, trained.labels)
+    where = folder / "float.safetensors"
+    if as_json:
+        typer.echo(json.dumps({"checkpoint": str(where), "float_top1": accuracy, "samples": len(trained.labels)}))
+    else:
+        typer.echo(f"{where}: top-1 {accuracy:.2f} % on {len(trained.labels)} images")
+
+
+@app.command()
+def qat(
+    recipe: Annotated[str, typer.Option(help="A shipped recipe for qat, or a YAML file.")] = "int8",
+    checkpoint: Checkpoint = None,
+    data: Data = None,
+    out: Out = None,
+    set_: Settings = None,
+    seed: Seed = None,
+    as_json: AsJson = False,
+) -> None:
+    """Quantize with training: float model (trained first if none is given), QAT, .pte, report."""
+    _quantize(_recipe(recipe, set_, "qat", data=data, seed=seed), checkpoint, out, as_json)
+
+
+@app.command()
+def ptq(
+    recipe: Annotated[str, typer.Option(help="A shipped recipe for ptq, or a YAML file.")] = "int8_ptq",
+    checkpoint: Checkpoint = None,
+    data: Data = None,
+    out: Out = None,
+    set_: Settings = None,
+    seed: Seed = None,
+    as_json: AsJson = False,
+) -> None:
+    """Quantize without training: float model, calibration, .pte, report."""
+    _quantize(_recipe(recipe, set_, "ptq", data=data, seed=seed), checkpoint, out, as_json)
+
+
+def _quantize(recipe: Recipe, checkpoint: Path | None, out: Path | None, as_json: bool) -> None:
+    from hadaptive_q.pipeline import quantize
+
+    folder = _folder(recipe, out)
+    report = _finite(lambda: quantize(recipe, folder, checkpoint))
+    if as_json:
+        typer.echo(report.model_dump_json(indent=1))
+        return
+    accuracy, size, parity = report.accuracy, report.size, report.parity
+    typer.echo(f"{folder / 'model.pte'}: {size.pte_bytes:,} bytes, {size.pte_bytes / size.float_pte_bytes:.3f} of float")
+    typer.echo(
+        f"top-1 {accuracy.pte_top1:.2f} % in the ExecuTorch runtime on {accuracy.samples} images"
+        f" (float {accuracy.float_top1:.2f} %, quantized program {accuracy.quantized_top1:.2f} %)"
+    )
+    typer.echo(f"same top-1 as the quantized program: {100 * parity.top1_agreement:.2f} %")
+    typer.echo(f"report: {folder / 'report.html'}")
+
+
+def _finite(step: Callable[[], Any]) -> Any:
+    """Run `step`; a training that diverges is the user's to mend."""
+    try:
+        return step()
+    except FloatingPointError as error:
+        raise UserError("training", str(error), "a finite loss", "lower the learning rate: --set float.lr=... or fit.lr=...") from error
+
+
+@app.command("eval")
+def evaluate(
+    file: Annotated[Path, typer.Argument(help="A checkpoint or a .pte.")],
+    data: Annotated[str, typer.Option(help="digits, glyphs, a folder of class folders, or hf:NAME.")] = "digits",
+    as_json: AsJson = False,
+) -> None:
+    """Measure top-1 and top-5 of a file in its own runtime over the validation split."""
+    from hadaptive_q.evaluate import evaluate_file
+
+    result = evaluate_file(file, data)
+    if as_json:
+        typer.echo(json.dumps(result))
+    else:
+        typer.echo(f"{file}: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} % on {result['samples']} images")
+
+
+@app.command("import")
+def import_(
+    checkpoint: Annotated[Path, typer.Argument(help="An authors' checkpoint (.pt).")],
+    out: Annotated[Path, typer.Option(help="Folder for model.safetensors and model.json.")],
+) -> None:
+    """Turn an authors' checkpoint into safetensors; nothing in the file is executed."""
+    from hadaptive_q.atomic import output_folder
+    from hadaptive_q.models.checkpoint import load_model, save_model
+
+    model = load_model(checkpoint)
+    save_model(model, output_folder(out) / "model.safetensors")
+    typer.echo(f"{out / 'model.safetensors'}: {model.config.num_classes} classes, {len(model.config.blocks)} blocks")
+
+
+@app.command()
+def info(
+    model: Annotated[str, typer.Argument(help="A variant's name or a checkpoint.")],
+    classes: Annotated[int, typer.Option(min=1, help="Classes of a variant; a checkpoint has its own.")] = 100,
+    image_size: Annotated[int, typer.Option(min=1, help="Side of the input in pixels.")] = 224,
+    as_json: AsJson = False,
+) -> None:
+    """Print parameters, multiply-accumulates and stages."""
+    if model not in VARIANTS and not Path(model).exists():
+        raise UserError(f"model {model}", "neither", f"one of {', '.join(VARIANTS)} or a file", nearest(model, VARIANTS))
+    from hadaptive_q.models.checkpoint import load_model
+    from hadaptive_q.models.hadaptive_net import count_macs, count_parameters, create_model
+
+    network = create_model(model, classes) if model in VARIANTS else load_model(model)
+    if image_size < network.config.stride:
+        raise UserError("--image-size", str(image_size), f"at least {network.config.stride}, the network's stride")
+    stages = [block.model_dump() for block in network.config.blocks]
+    result = {
+        "model": network.config.name,
+        "classes": network.config.num_classes,
+        "image_size": image_size,
+        "params": count_parameters(network),
+        "macs": count_macs(network, image_size),
+        "stages": stages,
+    }
+    if as_json:
+        typer.echo(json.dumps(result))
+        return
+    typer.echo(f"{result['model']}: {result['params']:,} parameters, {result['macs'] / 1e6:.1f} M MACs at {image_size}")
+    for index, stage in enumerate(stages):
+        typer.echo(f"  block {index}: " + ", ".join(f"{key} {value}" for key, value in stage.items()))
+
+
+@app.command()
+def recipes(as_json: AsJson = False) -> None:
+    """List the shipped recipes."""
+    found = {name: load_recipe(name) for name in shipped("recipes")}
+    if as_json:
+        typer.echo(json.dumps({name: recipe.model_dump(mode="json") for name, recipe in found.items()}))
+        return
+    for name, path in shipped("recipes").items():
+        purpose = path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
+        typer.echo(f"{name:14} {found[name].task:6} {purpose}")

@@ -1,0 +1,82 @@
+"""Run a `.pte` in the ExecuTorch runtime on this machine."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hadaptive_q.data.datasets import Split
+from hadaptive_q.data.transforms import normalise
+from hadaptive_q.errors import UserError
+from hadaptive_q.models.config import Preprocess
+
+
+class PteFile:
+    """A loaded `.pte` that takes one image `(1, 3, S, S)` and returns logits `(1, classes)`.
+
+    Raises UserError where the runtime refuses the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        # Imported here: the runtime is a native library, wanted only by those who run a file.
+        from executorch.runtime import Runtime, Verification
+
+        self.path = path
+        if not path.is_file():
+            raise UserError(f"file {path}", "no such file", "a .pte")
+        try:
+            with _native_log() as log:
+                program = Runtime.get().load_program(path, verification=Verification.InternalConsistency)
+                method: Any = program.load_method("forward")
+        except (RuntimeError, ValueError) as error:
+            raise UserError(
+                f"file {path}", f"'{_last_line(log) or error}'", "a .pte that the ExecuTorch runtime loads"
+            ) from error
+        if method is None:
+            raise UserError(f"file {path}", "no method 'forward'", "a .pte written for inference")
+        self._program, self._method = program, method
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """The sizes of the input the file was written for."""
+        return tuple(self._method.metadata.input_tensor_meta(0).sizes())
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """Run contiguous float inputs `(1, 3, S, S)`; the result is a copy that later calls leave alone."""
+        try:
+            (out,) = self._method.execute([inputs.contiguous(memory_format=torch.contiguous_format)])
+        except RuntimeError as error:
+            raise UserError(f"file {self.path}", f"'{error}'", f"an input of shape {self.input_shape}") from error
+        result: Tensor = out.clone()
+        return result
+
+    def predict(self, split: Split, preprocess: Preprocess) -> Tensor:
+        """Return logits `(N, classes)` over a whole split, one image at a time, as a phone would."""
+        return torch.cat([self(normalise(split[i][0][None], preprocess)) for i in range(len(split))])
+
+
+@contextmanager
+def _native_log() -> Iterator[Path]:
+    """Send what native code prints on standard error to a file for a while: it is no message to the user."""
+    sys.stderr.flush()
+    with tempfile.NamedTemporaryFile() as log:
+        saved = os.dup(2)
+        os.dup2(log.fileno(), 2)
+        try:
+            yield Path(log.name)
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    return lines[-1] if lines else ""

@@ -1,0 +1,262 @@
+"""The main job, step by step. Read this file first.
+
+recipe -> data -> float model -> deploy graph -> prepare -> calibrate -> fit (QAT) -> convert
+       -> QUANTIZED PROGRAM -> lower to .pte (load it, run it, compare it) -> report
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from hadaptive_q import atomic
+from hadaptive_q.data.calibration import Manifest, batches, find_manifest, resolve
+from hadaptive_q.data.datasets import ImageData, open_data
+from hadaptive_q.data.transforms import normalise
+from hadaptive_q.errors import UserError
+from hadaptive_q.lower.executorch import Lowered, lower
+from hadaptive_q.lower.parity import agreement, compare, output_scale, sqnr_db, top1, topk
+from hadaptive_q.lower.runtime import PteFile
+from hadaptive_q.models.checkpoint import load_model, read_training_key, save_model
+from hadaptive_q.models.config import VARIANTS
+from hadaptive_q.models.hadaptive_net import HadaptiveNet, create_model
+from hadaptive_q.quant.backends import torchao_pt2e as backend
+from hadaptive_q.quant.plan import make_plan
+from hadaptive_q.quant.program import QuantizedProgram, export_graph
+from hadaptive_q.recipe import Recipe
+from hadaptive_q.report import measure
+from hadaptive_q.report.record import Accuracy, CoverageRecord, ParityRecord, Report, Size, versions
+from hadaptive_q.report.render import write_report_pages
+from hadaptive_q.rewrite.deploy import deploy_graph
+from hadaptive_q.rewrite.drop_no_ops import drop_no_ops
+from hadaptive_q.rewrite.freeze_selection import freeze_selection
+from hadaptive_q.train.distill import distillation
+from hadaptive_q.train.loop import Training, discard_state, predict, train
+
+LAYER_SAMPLES = 256
+
+
+@dataclass(frozen=True)
+class FloatModel:
+    """A trained float network and its logits over the validation split."""
+
+    model: HadaptiveNet
+    logits: Tensor
+    labels: Tensor
+
+
+def train_float(recipe: Recipe, out: Path, checkpoint: Path | None = None) -> tuple[ImageData, FloatModel]:
+    """Open the data and return the float model: from `checkpoint`, from a finished run in `out`, or trained now.
+
+    Raises UserError where the checkpoint and the data do not fit.
+    """
+    given = load_model(checkpoint) if checkpoint else None
+    data = _open_data_for(recipe, given)
+    model = given or _trained(recipe, data, out)
+    if given:
+        model.preprocess = data.preprocess
+        save_model(model, out / "float.safetensors")
+    logits, labels = predict(model.eval(), data.val, data.preprocess)
+    return data, FloatModel(model, logits, labels)
+
+
+def quantize(recipe: Recipe, out: Path, checkpoint: Path | None = None) -> Report:
+    """Run a ``ptq`` or ``qat`` recipe into the folder `out` and return its report.
+
+    `out` gets `model.pte`, `float.pte`, the checkpoints, the resolved recipe and calibration, and the report.
+    Each file appears whole; the report is the last.
+    """
+    atomic.output_folder(out)
+    data, reference = train_float(recipe, out, checkpoint)
+    manifest = resolve(find_manifest(recipe.calibration.manifest, data), data)
+    atomic.write_text(out / "recipe.yaml", recipe.to_yaml())
+    atomic.write_text(out / "calibration.yaml", manifest.to_yaml())
+
+    model = copy.deepcopy(reference.model)
+    if recipe.quantize.selection == "static":
+        chosen = freeze_selection(model, batches(manifest, data, recipe.calibration.batch_size))
+        atomic.write_text(out / "selection.json", json.dumps(chosen) + "\n")
+    program = quantized_program(recipe, model, data, manifest, out)
+    deploy = deploy_graph(model, data.preprocess.image_size)
+
+    float_graph = copy.deepcopy(deploy)
+    drop_no_ops(float_graph)
+    float_pte = lower(export_graph(float_graph, data.preprocess.image_size))
+    quantized_pte = lower(program.export())
+    _write_checked(out / "float.pte", float_pte, data)
+    _write_checked(out / "model.pte", quantized_pte, data)
+
+    report = _measure(recipe, out, data, reference, manifest, program, deploy, quantized_pte)
+    write_report_pages(report, out)
+    report.write(out / "report.json")
+    return report
+
+
+def quantized_program(
+    recipe: Recipe, model: HadaptiveNet, data: ImageData, manifest: Manifest, out: Path
+) -> QuantizedProgram:
+    """Prepare, calibrate, fit where the recipe trains, and convert `model`."""
+    graph = deploy_graph(model, data.preprocess.image_size)
+    prepared = backend.prepare(graph, make_plan(graph, recipe.quantize), recipe.quantize.observer)
+    calibrated = backend.calibrate(prepared, batches(manifest, data, recipe.calibration.batch_size))
+    if recipe.fit:
+        _fit(recipe, calibrated, model, data, out)
+    state = {name: tensor.contiguous() for name, tensor in calibrated.graph.state_dict().items()}
+    atomic.write_with(out / "quantized.safetensors", lambda path: save_file(state, path))
+    return backend.convert(calibrated, data.preprocess)
+
+
+def _fit(recipe: Recipe, calibrated: backend.Calibrated, teacher: HadaptiveNet, data: ImageData, out: Path) -> None:
+    fit = recipe.fit
+    assert fit is not None
+
+    def on_epoch(_model: nn.Module, epoch: int) -> None:
+        if epoch >= fit.freeze_ranges * fit.epochs:
+            backend.freeze_ranges(calibrated)
+
+    training = Training(
+        config=fit,
+        seed=recipe.seed + 1,
+        title="qat",
+        state_file=out / "qat.state",
+        key=f"{recipe.digest()} {_weights_digest(teacher)}",
+        loss=distillation(teacher.eval(), fit.distill, fit.label_smoothing),
+        on_epoch=on_epoch,
+    )
+    backend.start_fit(calibrated, learned=recipe.quantize.ranges == "learned")
+    train(calibrated.graph, data, training)
+    backend.end_fit(calibrated)
+    discard_state(training)
+
+
+def _open_data_for(recipe: Recipe, given: HadaptiveNet | None) -> ImageData:
+    """Open the recipe's data the way `given` was trained to see images."""
+    trained = given.preprocess if given else None
+    size = recipe.image_size or (trained.image_size if trained else None)
+    data = open_data(recipe.data, size)
+    config = given.config if given else VARIANTS[recipe.model]
+    if data.preprocess.image_size < config.stride:
+        raise UserError(
+            "image_size", str(data.preprocess.image_size), f"at least {config.stride}, the stride of {config.name}"
+        )
+    if given and given.config.num_classes != data.num_classes:
+        raise UserError(
+            "--checkpoint", f"{given.config.num_classes} classes", f"{data.num_classes}, as --data {recipe.data} has"
+        )
+    if trained and trained.classes != data.preprocess.classes:
+        raise UserError("--data", f"classes {_few(data.preprocess.classes)}", f"{_few(trained.classes)} of the checkpoint")
+    if trained:
+        kept = data.preprocess.model_copy(update={"mean": trained.mean, "std": trained.std})
+        return ImageData(data.name, kept, data.train, data.val, data.mirror)
+    return data
+
+
+def _few(classes: tuple[str, ...]) -> str:
+    return ", ".join(classes[:3]) + (", ..." if len(classes) > 3 else "")
+
+
+def _trained(recipe: Recipe, data: ImageData, out: Path) -> HadaptiveNet:
+    atomic.output_folder(out)
+    target = out / "float.safetensors"
+    parts = [recipe.model, recipe.slot_order, recipe.data, recipe.seed, recipe.float.model_dump(mode="json")]
+    key = hashlib.sha256(json.dumps([*parts, data.preprocess.model_dump(mode="json")]).encode()).hexdigest()
+    if read_training_key(target) == key:
+        return load_model(target)
+    torch.manual_seed(recipe.seed)
+    model = create_model(recipe.model, data.num_classes, slot_order=recipe.slot_order)
+    model.preprocess = data.preprocess
+    training = Training(recipe.float, recipe.seed, "float", out / "float.state", key)
+    train(model.train(), data, training)
+    save_model(model, target, key)
+    discard_state(training)
+    return model
+
+
+def _weights_digest(model: nn.Module) -> str:
+    state = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        state.update(name.encode() + tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return state.hexdigest()
+
+
+def _write_checked(path: Path, lowered: Lowered, data: ImageData) -> None:
+    """Write a `.pte` only once the runtime has loaded and run it: what lowers is not always what loads."""
+
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(lowered.data)
+        logits = PteFile(temporary)(normalise(data.val[0][0][None], data.preprocess))
+        if logits.shape != (1, data.num_classes) or not logits.isfinite().all():
+            raise RuntimeError(f"{path.name}: the lowered file answers {tuple(logits.shape)} with non-finite values")
+
+    atomic.write_with(path, write)
+
+
+def _measure(
+    recipe: Recipe,
+    out: Path,
+    data: ImageData,
+    reference: FloatModel,
+    manifest: Manifest,
+    program: QuantizedProgram,
+    deploy: GraphModule,
+    lowered: Lowered,
+) -> Report:
+    labels = reference.labels
+    quantized, _ = predict(program.graph, data.val, data.preprocess)
+    file, float_file = PteFile(out / "model.pte"), PteFile(out / "float.pte")
+    shipped = file.predict(data.val, data.preprocess)
+    parity = compare(quantized, shipped, output_scale(program.graph))
+    inputs = normalise(
+        torch.stack([data.val[i][0] for i in _spread(len(data.val), LAYER_SAMPLES)]), data.preprocess
+    )
+    return Report(
+        model=reference.model.config.name,
+        recipe=recipe.name,
+        recipe_digest=recipe.digest(),
+        calibration_digest=manifest.digest or "",
+        data=data.name,
+        seed=recipe.seed,
+        versions=versions(),
+        accuracy=Accuracy(
+            samples=len(labels),
+            float_top1=top1(reference.logits, labels),
+            quantized_top1=top1(quantized, labels),
+            pte_top1=top1(shipped, labels),
+            float_top5=topk(reference.logits, labels, 5),
+            pte_top5=topk(shipped, labels, 5),
+        ),
+        size=Size(
+            float_pte_bytes=(out / "float.pte").stat().st_size,
+            pte_bytes=len(lowered.data),
+            pte_deflated_bytes=measure.deflated_bytes(lowered.data),
+        ),
+        parity=ParityRecord(
+            top1_agreement=parity.top1_agreement,
+            changed_fraction=parity.changed_fraction,
+            max_codes=parity.max_codes,
+            sqnr_db=parity.sqnr_db,
+            float_agreement=agreement(reference.logits, shipped),
+            float_sqnr_db=sqnr_db(reference.logits, shipped),
+        ),
+        coverage=CoverageRecord(
+            delegates=lowered.coverage.delegates,
+            portable_ops=list(lowered.coverage.portable_ops),
+            fp32_ops=list(lowered.coverage.fp32_ops),
+        ),
+        ach=measure.measure_ach(deploy, program, inputs, measure.train_eval_overlap(reference.model, inputs)),
+        layers=measure.measure_layers(deploy, program, inputs),
+        latency=measure.measure_latency(file, float_file, inputs[:1]),
+    )
+
+
+def _spread(length: int, count: int) -> list[int]:
+    """Return at most `count` indices spread evenly over ``range(length)``: splits are often sorted by class."""
+    return [i * length // min(length, count) for i in range(min(length, count))]

@@ -1,0 +1,164 @@
+"""Measurements for the report: every quantized tensor against float, selection flips, latency, sizes."""
+
+from __future__ import annotations
+
+import statistics
+import time
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+
+from hadaptive_q.lower.parity import sqnr_db
+from hadaptive_q.models.ach import ACH
+from hadaptive_q.models.hadaptive_net import HadaptiveNet
+from hadaptive_q.quant.program import QuantizedProgram
+from hadaptive_q.report.record import AchRecord, LayerRecord, Latency
+from hadaptive_q.rewrite.graph import module_path
+from hadaptive_q.rewrite.products import Product, find_products
+
+LATENCY_RUNS, LATENCY_WARMUP = 60, 10
+OVERLAP_SEED = 0
+
+
+class Recorder(Interpreter):
+    """Run a graph once and keep the tensors whose node names are asked for."""
+
+    def __init__(self, graph: GraphModule, names: set[str]) -> None:
+        super().__init__(graph)
+        self.names, self.values = names, dict[str, Tensor]()
+
+    def run_node(self, n: Node) -> Any:
+        result = super().run_node(n)
+        if n.name in self.names and isinstance(result, Tensor):
+            self.values[n.name] = result
+        return result
+
+
+def record(graph: GraphModule, inputs: Tensor, names: set[str]) -> dict[str, Tensor]:
+    """Return the tensors made by the nodes `names` on `inputs`."""
+    recorder = Recorder(graph, names)
+    with torch.no_grad():
+        recorder.run(inputs)
+    return recorder.values
+
+
+def measure_layers(deploy: GraphModule, program: QuantizedProgram, inputs: Tensor) -> list[LayerRecord]:
+    """Compare every quantized tensor, as its readers see it, with the float deploy graph on the same inputs."""
+    readers = _dequantized(program)
+    reference = record(deploy, inputs, set(readers))
+    measured = record(program.graph, inputs, {reader.name for reader in readers.values()})
+    origins = {node.name: node for node in deploy.graph.nodes}
+    layers = []
+    for name, reader in readers.items():
+        wanted = reference[name]
+        layers.append(
+            LayerRecord(
+                name=name,
+                origin=module_path(origins[name]) or "input",
+                sqnr_db=sqnr_db(wanted, measured[reader.name]),
+                low=float(wanted.min()),
+                high=float(wanted.max()),
+                scale=float(reader.args[1]),  # type: ignore[arg-type]
+            )
+        )
+    return layers
+
+
+def _dequantized(program: QuantizedProgram) -> dict[str, Node]:
+    """Map each quantized tensor to one of the dequantize operators that read its codes."""
+    found: dict[str, Node] = {}
+    for node in program.graph.graph.nodes:
+        if "dequantize_per_tensor" in str(node.target):
+            codes = node.args[0]
+            source = codes.args[0]
+            if source.name in program.plan.activations:
+                found.setdefault(source.name, node)
+    return found
+
+
+def measure_ach(
+    deploy: GraphModule, program: QuantizedProgram, inputs: Tensor, overlaps: dict[str, float]
+) -> list[AchRecord]:
+    """Compare operands, products, norms and selections of every ACH with float on the same inputs."""
+    products = find_products(deploy)
+    readers = _dequantized(program)
+    names = {n for p in products for n in (p.mixed, p.left, p.right, p.product, p.normed, p.indices) if n}
+    reference = record(deploy, inputs, names)
+    measured = record(program.graph, inputs, names | {readers[p.normed].name for p in products})
+    return [_ach_record(p, reference, measured, readers[p.normed].name, overlaps.get(p.name)) for p in products]
+
+
+def _ach_record(
+    p: Product, reference: dict[str, Tensor], measured: dict[str, Tensor], normed: str, overlap: float | None
+) -> AchRecord:
+    set_flips = rank_flips = 0.0
+    if p.indices:
+        set_flips, rank_flips = flip_rates(reference[p.indices], measured[p.indices])
+    operands = [torch.cat((values[p.left], values[p.right])) for values in (reference, measured)]
+    return AchRecord(
+        name=p.name,
+        selection="dynamic" if p.indices else "static",
+        flip_rate=set_flips,
+        rank_flip_rate=rank_flips,
+        train_eval_overlap=overlap,
+        operand_sqnr_db=sqnr_db(*operands),
+        product_sqnr_db=sqnr_db(reference[p.product], measured[p.product]),
+        output_sqnr_db=sqnr_db(reference[p.normed], measured[normed]),
+        mixed_max=float(reference[p.mixed].abs().max()),
+        product_max=float(reference[p.product].abs().max()),
+        normed_max=float(reference[p.normed].abs().max()),
+    )
+
+
+def flip_rates(wanted: Tensor, found: Tensor) -> tuple[float, float]:
+    """Return the shares of set flips and rank flips between two selections `(B, Cs)`."""
+    kept = (found[:, :, None] == wanted[:, None, :]).any(dim=2)
+    return 1 - float(kept.double().mean()), float((found != wanted).double().mean())
+
+
+@torch.no_grad()
+def train_eval_overlap(model: HadaptiveNet, inputs: Tensor) -> dict[str, float]:
+    """Return, by ACH, the share of channels that published training (Gumbel noise 1) and inference both choose."""
+    overlaps: dict[str, float] = {}
+
+    def hook(name: str, module: ACH) -> Callable[[object, object, Tensor], None]:
+        def compare(_module: object, _inputs: object, scores: Tensor) -> None:
+            generator = torch.Generator().manual_seed(OVERLAP_SEED)
+            noise = -torch.empty_like(scores).exponential_(generator=generator).log()
+            overlaps[name] = 1 - flip_rates(module.select(scores), module.select(scores + noise))[0]
+
+        return compare
+
+    handles = [module.scorer.register_forward_hook(hook(name, module)) for name, module in model.ach_modules()]
+    model.eval()(inputs)
+    for handle in handles:
+        handle.remove()
+    return overlaps
+
+
+def measure_latency(quantized: Callable[[Tensor], Tensor], reference: Callable[[Tensor], Tensor], inputs: Tensor) -> Latency:
+    """Time both files in alternation on one image: median and half the interquartile range, in milliseconds."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for run in range(LATENCY_RUNS + LATENCY_WARMUP):
+        for run_file, kept in zip((quantized, reference), times, strict=True):
+            start = time.perf_counter()
+            run_file(inputs)
+            if run >= LATENCY_WARMUP:
+                kept.append((time.perf_counter() - start) * 1e3)
+    quarters = [statistics.quantiles(kept, n=4) for kept in times]
+    return Latency(
+        host_ms_median=quarters[0][1],
+        host_ms_spread=(quarters[0][2] - quarters[0][0]) / 2,
+        float_host_ms_median=quarters[1][1],
+        float_host_ms_spread=(quarters[1][2] - quarters[1][0]) / 2,
+    )
+
+
+def deflated_bytes(data: bytes) -> int:
+    """Return the size of `data` in a zip file, raw deflate at the highest level."""
+    compressor = zlib.compressobj(9, zlib.DEFLATED, -15)
+    return len(compressor.compress(data)) + len(compressor.flush())

@@ -1,0 +1,93 @@
+"""Plots of a report as SVG text."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+
+from matplotlib.figure import Figure
+
+from hadaptive_q.report.record import LayerRecord, Report
+
+FLOAT_COLOR, INT8_COLOR, WARM, GRID = "#8a8f98", "#2f6fde", "#d9822b", "#d8dce2"
+WIDTH = 9.0
+
+
+def plots(report: Report) -> dict[str, str]:
+    """Return the plots by name, each one `<svg>` element."""
+    return {"summary": _summary(report), "layers": _layers(report.layers), "ranges": _ranges(report)}
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    # No date and a fixed salt: the same report gives the same bytes.
+    figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
+    text = buffer.getvalue()
+    return re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text[text.index("<svg") :], count=1)
+
+
+def _figure(height: float) -> Figure:
+    return Figure(figsize=(WIDTH, height), layout="constrained")
+
+
+def _summary(report: Report) -> str:
+    figure = _figure(2.4)
+    size, latency, accuracy = report.size, report.latency, report.accuracy
+    panels = (
+        ("Top-1, %", accuracy.float_top1, accuracy.pte_top1, "{:.2f}"),
+        ("File, MB", size.float_pte_bytes / 1e6, size.pte_bytes / 1e6, "{:.2f}"),
+        ("Latency on this host, ms", latency.float_host_ms_median, latency.host_ms_median, "{:.2f}"),
+    )
+    for axis, (title, reference, quantized, form) in zip(figure.subplots(1, 3), panels, strict=True):
+        bars = axis.barh(["float", "int8"], [reference, quantized], color=[FLOAT_COLOR, INT8_COLOR], height=0.6)
+        axis.bar_label(bars, fmt=form, padding=4, fontsize=9)
+        axis.set_title(title, fontsize=10, loc="left")
+        axis.set_xlim(0, max(reference, quantized) * 1.3)
+        axis.invert_yaxis()
+        axis.xaxis.set_visible(False)
+        axis.spines[["top", "right", "bottom"]].set_visible(False)
+    return _svg(figure)
+
+
+def _layers(layers: list[LayerRecord]) -> str:
+    figure = _figure(3.4)
+    axis = figure.subplots()
+    values = [layer.sqnr_db if math.isfinite(layer.sqnr_db) else math.nan for layer in layers]
+    colors = [WARM if value < 10 else INT8_COLOR for value in values]
+    axis.bar(range(len(values)), values, color=colors, width=0.8)
+    # One label where the block changes: a hundred names are not readable.
+    blocks = [_block(layer.origin) for layer in layers]
+    starts = [i for i, block in enumerate(blocks) if i == 0 or block != blocks[i - 1]]
+    axis.set_xticks(starts, [blocks[i] for i in starts], rotation=60, ha="right", fontsize=7)
+    axis.set_ylabel("SQNR to float, dB")
+    axis.set_title("Every quantized tensor, in the order of the data (orange: below 10 dB)", fontsize=10, loc="left")
+    axis.grid(axis="y", color=GRID)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    return _svg(figure)
+
+
+def _block(origin: str) -> str:
+    return ".".join(origin.split(".")[:2]) if origin.startswith("blocks") else origin.split(".")[0]
+
+
+def _ranges(report: Report) -> str:
+    figure = _figure(3.0)
+    axis = figure.subplots()
+    series = (
+        ("X~", [a.mixed_max for a in report.ach], FLOAT_COLOR),
+        ("product", [a.product_max for a in report.ach], WARM),
+        ("after the norm", [a.normed_max for a in report.ach], INT8_COLOR),
+    )
+    for shift, (label, values, color) in zip((-0.27, 0.0, 0.27), series, strict=True):
+        bars = axis.bar([i + shift for i in range(len(values))], values, width=0.25, label=label, color=color)
+        axis.bar_label(bars, fmt="{:.3g}", fontsize=7, padding=2)
+    axis.set_yscale("log")
+    axis.margins(y=0.2)
+    axis.set_xticks(range(len(report.ach)), [a.name.removesuffix(".expansion") for a in report.ach], fontsize=8)
+    axis.set_ylabel("largest magnitude")
+    axis.set_title("Range of X~, of the products, and of the products after their norm", fontsize=10, loc="left")
+    axis.legend(fontsize=8, frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.8, 1.0))
+    axis.spines[["top", "right"]].set_visible(False)
+    return _svg(figure)

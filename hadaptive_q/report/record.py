@@ -1,0 +1,123 @@
+"""`report.json`: the record of one run. Keys are a public contract: added to, never renamed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from hadaptive_q.atomic import write_text
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Accuracy(_Part):
+    """Top-1 in percent over the whole validation split, each by running that very form."""
+
+    samples: int
+    float_top1: float
+    quantized_top1: float
+    pte_top1: float
+    onnx_top1: float | None = None
+    float_top5: float
+    pte_top5: float
+
+
+class Size(_Part):
+    """Bytes of the written files; deflated is what a download costs."""
+
+    float_pte_bytes: int
+    pte_bytes: int
+    pte_deflated_bytes: int
+
+
+class ParityRecord(_Part):
+    """The written file against the quantized program, and both against float; codes are steps of the output."""
+
+    top1_agreement: float
+    changed_fraction: float
+    max_codes: int
+    sqnr_db: float
+    float_agreement: float
+    float_sqnr_db: float
+
+
+class CoverageRecord(_Part):
+    """Where the operators of the written file run."""
+
+    delegates: int
+    portable_ops: list[str]
+    fp32_ops: list[str]
+
+
+class AchRecord(_Part):
+    """One ACH over a part of the validation split: `flip_rate` is the share of chosen channels that float did not
+    choose, `rank_flip_rate` the share of slots that hold another channel."""
+
+    name: str
+    selection: Literal["dynamic", "static"]
+    flip_rate: float
+    rank_flip_rate: float
+    train_eval_overlap: float | None
+    operand_sqnr_db: float
+    product_sqnr_db: float
+    output_sqnr_db: float
+    mixed_max: float
+    product_max: float
+    normed_max: float
+
+
+class LayerRecord(_Part):
+    """One quantized tensor: its SQNR against float, its float range and its scale."""
+
+    name: str
+    origin: str
+    sqnr_db: float
+    low: float
+    high: float
+    scale: float
+
+
+class Latency(_Part):
+    """Milliseconds per image on this machine, both files in alternation."""
+
+    host_ms_median: float
+    host_ms_spread: float
+    float_host_ms_median: float
+    float_host_ms_spread: float
+
+
+class Report(_Part):
+    """Everything measured about one run."""
+
+    model: str
+    recipe: str
+    recipe_digest: str
+    calibration_digest: str
+    data: str
+    seed: int
+    versions: dict[str, str]
+    accuracy: Accuracy
+    size: Size
+    parity: ParityRecord
+    coverage: CoverageRecord
+    ach: list[AchRecord]
+    layers: list[LayerRecord]
+    latency: Latency
+    arm: dict[str, dict[str, int]] = {}
+
+    def write(self, path: Path) -> None:
+        # Infinite ratios (equal tensors) are spelled as JSON texts by pydantic, not as bare Infinity.
+        write_text(path, self.model_dump_json(indent=1) + "\n")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of everything that decides a result."""
+    import platform
+    from importlib.metadata import version
+
+    names = ("hadaptive-q", "torch", "torchao", "executorch")
+    return {"python": platform.python_version()} | {name: version(name) for name in names}
