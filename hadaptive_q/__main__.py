@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+import warnings
 
 from hadaptive_q.errors import UserError
 
@@ -11,6 +13,10 @@ def main() -> None:
     """Run the command line."""
     from hadaptive_q.cli import app
 
+    # What libraries tell each other (deprecated calls, kernels for other machines) is no message to the user.
+    warnings.simplefilter("ignore")
+    for name in ("torchao", "torch.utils._pytree", "torch.export", "root"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         app()
     except UserError as error:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save_model as save_tensors
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -109,8 +109,8 @@ def quantized_program(
     calibrated = backend.calibrate(prepared, batches(manifest, data, recipe.calibration.batch_size))
     if recipe.fit:
         _fit(recipe, calibrated, model, data, out)
-    state = {name: tensor.contiguous() for name, tensor in calibrated.graph.state_dict().items()}
-    atomic.write_with(out / "quantized.safetensors", lambda path: save_file(state, path))
+    # save_model, not save_file: tensors that share a scale share one fake-quantizer.
+    atomic.write_with(out / "quantized.safetensors", lambda path: save_tensors(calibrated.graph, str(path)))
     return backend.convert(calibrated, data.preprocess)
 
 

@@ -50,8 +50,10 @@ def _calls(graph: GraphModule) -> Iterator[Node]:
 
 
 def _operator(node: Node) -> str:
-    name = getattr(node.target, "__name__", str(node.target))
-    return name.split("::")[-1].removeprefix("aten.").split(".")[0]
+    """Return the bare name of the operator: ``convolution`` for ``aten::convolution.default``."""
+    schema = getattr(node.target, "_schema", None) or getattr(getattr(node.target, "_op", None), "_schema", None)
+    name: str = schema.name if schema is not None else getattr(node.target, "__name__", str(node.target))
+    return name.split("::")[-1]
 
 
 def _is_float_computation(node: Node) -> bool:
@@ -61,7 +63,8 @@ def _is_float_computation(node: Node) -> bool:
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor) or not value.is_floating_point():
         return False
-    reads = [n for n in node.all_input_nodes if n.op == "call_function"]
-    from_codes = bool(reads) and all(_operator(n) in _CONVERSIONS for n in reads)
+    activations = [n for n in node.all_input_nodes if n.op == "call_function"]
+    from_codes = bool(activations) and all(_operator(n) in _CONVERSIONS for n in activations)
     to_codes = all(_operator(user) in _CONVERSIONS for user in node.users)
-    return not (from_codes and to_codes)
+    # XNNPACK's partitioner takes Hardswish in float only: codes on both sides do not make it an int8 operator.
+    return not (from_codes and to_codes) or _operator(node) in ("hardswish", "mean")

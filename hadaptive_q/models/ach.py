@@ -17,7 +17,7 @@ TAU_INITIAL, TAU_MINIMUM, TAU_STEP = 4.0, 0.01, 0.005
 def pair_indices(cs: int) -> tuple[Tensor, Tensor]:
     """Return the operands `(i, j)` of every product slot, each `(E,)`, row-major with `i < j`."""
     i, j = torch.triu_indices(cs, cs, offset=1)
-    return i, j
+    return i.clone(), j.clone()  # rows of one tensor otherwise, which checkpoints refuse to share
 
 
 class DySoft(nn.Module):

@@ -81,9 +81,12 @@ def _read_safetensors(path: Path) -> tuple[CheckpointConfig, dict[str, Tensor]]:
         raise UserError(f"checkpoint {path}", f"no {beside.name} beside it", "the configuration written with the weights")
     try:
         config = CheckpointConfig.model_validate(json.loads(beside.read_text()))
-    except (ValueError, ValidationError) as error:
-        first = str(error).splitlines()[0]
-        raise UserError(f"checkpoint {beside}", f"'{first}'", "the configuration written with the weights") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise UserError(f"checkpoint {beside}, {key}", repr(first["input"])[:80], first["msg"]) from error
+    except ValueError as error:
+        raise UserError(f"checkpoint {beside}", f"'{error}'", "the JSON written with the weights") from error
     try:
         return config, load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
