@@ -5,19 +5,39 @@ Source: arXiv 2505.22226v2, section on the ACH module.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hadaptive_q.models.config import Norm, SlotOrder
+from hadaptive_q.models.cross_hadamard import CrossHadamard, pair_indices
 
 TAU_INITIAL, TAU_MINIMUM, TAU_STEP = 4.0, 0.01, 0.005
 
 
-def pair_indices(cs: int) -> tuple[Tensor, Tensor]:
-    """Return the operands `(i, j)` of every product slot, each `(E,)`, row-major with `i < j`."""
-    i, j = torch.triu_indices(cs, cs, offset=1)
-    return i.clone(), j.clone()  # rows of one tensor otherwise, which checkpoints refuse to share
+class _DySoftFunction(torch.autograd.Function):
+    """DySoft with a gradient from its own output: ``1 / (1 + |t|)^2 = (1 - |u|)^2`` for ``u = t / (1 + |t|)``."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        t = alpha * q
+        u = t / t.abs().add_(1.0)
+        ctx.save_for_backward(q, u, alpha, weight)
+        return torch.addcmul(bias, u, weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        q, u, alpha, weight = ctx.saved_tensors
+        slope = u.abs().neg_().add_(1.0).square_()
+        slope.mul_(gradient).mul_(weight)
+        return (
+            slope * alpha,
+            torch.dot(slope.flatten(), q.flatten()).reshape(alpha.shape),
+            (gradient * u).sum((0, 2, 3), keepdim=True),
+            gradient.sum((0, 2, 3), keepdim=True),
+        )
 
 
 class DySoft(nn.Module):
@@ -34,6 +54,9 @@ class DySoft(nn.Module):
         self.bias = nn.Parameter(torch.zeros(1, channels, 1, 1))
 
     def forward(self, q: Tensor) -> Tensor:
+        if self.training:
+            out: Tensor = _DySoftFunction.apply(q, self.alpha, self.weight, self.bias)
+            return out
         t = self.alpha * q
         return self.weight * (t / (1.0 + t.abs())) + self.bias
 
@@ -148,9 +171,9 @@ class ACH(nn.Module):
             return x[:, self.frozen_i] * x[:, self.frozen_j]
         scores = self.scorer(x)
         if self.training:
-            z = self._gumbel_gather(x, scores)
-        else:
-            z = gather_channels(x, self.select(scores))
+            out: Tensor = CrossHadamard.apply(self._gumbel_gather(x, scores))
+            return out
+        z = gather_channels(x, self.select(scores))
         return z[:, self.pair_i] * z[:, self.pair_j]
 
     def _gumbel_gather(self, x: Tensor, scores: Tensor) -> Tensor:
@@ -159,9 +182,27 @@ class ACH(nn.Module):
         noise = -torch.empty_like(scores).exponential_().log()
         soft = ((scores + self.noise * noise) / self.scorer.tau).softmax(dim=1)
         chosen = self.select(soft.detach())
-        probability = soft.gather(1, chosen)
-        factor = 1 + probability - probability.detach()
-        return gather_channels(x, chosen) * factor[:, :, None, None].to(x.dtype)
+        out: Tensor = _StraightThroughGather.apply(x, chosen, soft.gather(1, chosen).to(x.dtype))
+        return out
+
+
+class _StraightThroughGather(torch.autograd.Function):
+    """Gather channels times ``1 + M - stop_gradient(M)``: the factor is 1, its gradient is that of `M`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, indices: Tensor, probability: Tensor) -> Tensor:
+        z = gather_channels(x, indices)
+        ctx.save_for_backward(z, indices)
+        ctx.channels = x.shape[1]
+        return z
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        z, indices = ctx.saved_tensors
+        into = gradient.new_zeros((gradient.shape[0], ctx.channels, *gradient.shape[2:]))
+        # A sample never chooses a channel twice, so a plain scatter is enough.
+        into.scatter_(1, indices[:, :, None, None].expand_as(gradient), gradient)
+        return into, None, (gradient * z).sum((2, 3))
 
 
 def gather_channels(x: Tensor, indices: Tensor) -> Tensor:

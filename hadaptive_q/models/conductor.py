@@ -15,8 +15,8 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from hadaptive_q.errors import UserError
-from hadaptive_q.models.ach import pair_indices
 from hadaptive_q.models.config import ACHConfig, BlockConfig, ConvConfig, GhostConfig, HadaptiveNetConfig, Norm
+from hadaptive_q.models.cross_hadamard import pair_indices
 
 _NORMS: dict[str, Norm] = {"DySoft": "dysoft", "BN": "batch_norm", "BatchNorm2d": "batch_norm"}
 _CONV_BN = {"conv": "conv", "bn": "bn"}
