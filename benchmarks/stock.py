@@ -1,4 +1,4 @@
-"""The stock tools' own INT8 recipe, for comparison: ExecuTorch's XNNPACKQuantizer, calibrated and lowered as documented.
+"""The stock tools' own INT8 recipe, for comparison: XNNPACKQuantizer, calibrated and lowered as documented.
 
 Nothing of this project touches the model between float and file.
 """
@@ -31,9 +31,7 @@ def stock_int8(model: nn.Module, batches: Iterable[Tensor], image_size: int) -> 
         for inputs in batches:
             prepared(inputs)
         converted = convert_pt2e(prepared)
-        edge = to_edge_transform_and_lower(
-            torch.export.export(converted, example), partitioner=[XnnpackPartitioner()]
-        )
+        edge = to_edge_transform_and_lower(torch.export.export(converted, example), partitioner=[XnnpackPartitioner()])
     return converted, bytes(edge.to_executorch().buffer)
 
 
@@ -43,5 +41,3 @@ def stock_float(model: nn.Module, image_size: int) -> bytes:
         exported = torch.export.export(model.eval(), (torch.zeros(1, 3, image_size, image_size),))
     edge = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()])
     return bytes(edge.to_executorch().buffer)
-
-

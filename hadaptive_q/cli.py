@@ -32,7 +32,9 @@ def _recipe(name: str, settings: list[str] | None, task: Literal["train", "ptq",
     given = [f"{key}={json.dumps(value)}" for key, value in fields.items() if value is not None]
     recipe = load_recipe(name, [*given, *(settings or [])])
     if recipe.task != task:
-        raise UserError(f"--recipe {name}", f"a recipe for {recipe.task}", f"one for {task}", f"run: hadaptive-q {recipe.task}")
+        raise UserError(
+            f"--recipe {name}", f"a recipe for {recipe.task}", f"one for {task}", f"run: hadaptive-q {recipe.task}"
+        )
     return recipe
 
 
@@ -102,7 +104,9 @@ def _quantize(recipe: Recipe, checkpoint: Path | None, out: Path | None, as_json
         typer.echo(report.model_dump_json(indent=1))
         return
     accuracy, size, parity = report.accuracy, report.size, report.parity
-    typer.echo(f"{folder / 'model.pte'}: {size.pte_bytes:,} bytes, {size.pte_bytes / size.float_pte_bytes:.3f} of float")
+    typer.echo(
+        f"{folder / 'model.pte'}: {size.pte_bytes:,} bytes, {size.pte_bytes / size.float_pte_bytes:.3f} of float"
+    )
     typer.echo(
         f"top-1 {accuracy.pte_top1:.2f} % in the ExecuTorch runtime on {accuracy.samples} images"
         f" (float {accuracy.float_top1:.2f} %, quantized program {accuracy.quantized_top1:.2f} %)"
@@ -116,7 +120,9 @@ def _finite(step: Callable[[], Any]) -> Any:
     try:
         return step()
     except FloatingPointError as error:
-        raise UserError("training", str(error), "a finite loss", "lower the learning rate: --set float.lr=... or fit.lr=...") from error
+        raise UserError(
+            "training", str(error), "a finite loss", "lower the learning rate: --set float.lr=... or fit.lr=..."
+        ) from error
 
 
 @app.command("eval")
@@ -158,7 +164,9 @@ def info(
 ) -> None:
     """Print parameters, multiply-accumulates and stages."""
     if model not in VARIANTS and not Path(model).exists():
-        raise UserError(f"model {model}", "neither", f"one of {', '.join(VARIANTS)} or a file", nearest(model, VARIANTS))
+        raise UserError(
+            f"model {model}", "neither", f"one of {', '.join(VARIANTS)} or a file", nearest(model, VARIANTS)
+        )
     from hadaptive_q.models.checkpoint import load_model
     from hadaptive_q.models.hadaptive_net import count_macs, count_parameters, create_model
 
@@ -166,7 +174,7 @@ def info(
     if image_size < network.config.stride:
         raise UserError("--image-size", str(image_size), f"at least {network.config.stride}, the network's stride")
     stages = [block.model_dump() for block in network.config.blocks]
-    result = {
+    result: dict[str, Any] = {
         "model": network.config.name,
         "classes": network.config.num_classes,
         "image_size": image_size,

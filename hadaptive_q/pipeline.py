@@ -152,7 +152,9 @@ def _open_data_for(recipe: Recipe, given: HadaptiveNet | None) -> ImageData:
             "--checkpoint", f"{given.config.num_classes} classes", f"{data.num_classes}, as --data {recipe.data} has"
         )
     if trained and trained.classes != data.preprocess.classes:
-        raise UserError("--data", f"classes {_few(data.preprocess.classes)}", f"{_few(trained.classes)} of the checkpoint")
+        raise UserError(
+            "--data", f"classes {_few(data.preprocess.classes)}", f"{_few(trained.classes)} of the checkpoint"
+        )
     if trained:
         kept = data.preprocess.model_copy(update={"mean": trained.mean, "std": trained.std})
         return ImageData(data.name, kept, data.train, data.val, data.mirror)
@@ -214,9 +216,7 @@ def _measure(
     file, float_file = PteFile(out / "model.pte"), PteFile(out / "float.pte")
     shipped = file.predict(data.val, data.preprocess)
     parity = compare(quantized, shipped, output_scale(program.graph))
-    inputs = normalise(
-        torch.stack([data.val[i][0] for i in _spread(len(data.val), LAYER_SAMPLES)]), data.preprocess
-    )
+    inputs = normalise(torch.stack([data.val[i][0] for i in _spread(len(data.val), LAYER_SAMPLES)]), data.preprocess)
     return Report(
         model=reference.model.config.name,
         recipe=recipe.name,

@@ -11,7 +11,7 @@ import json
 import typing
 from collections.abc import Hashable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -19,6 +19,8 @@ from pydantic import ValidationError as PydanticError
 
 from hadaptive_q.errors import UserError, nearest
 from hadaptive_q.models.config import VARIANTS, SlotOrder
+
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class _Section(BaseModel):
@@ -29,8 +31,8 @@ class AugmentConfig(_Section):
     """Random changes to a training batch, each a maximum; mirroring happens only where the data allows it."""
 
     degrees: NonNegativeFloat = 10.0
-    translate: float = Field(0.08, ge=0, lt=1)
-    scale: float = Field(0.1, ge=0, lt=1)
+    translate: Share = 0.08
+    scale: Share = 0.1
     mirror: bool = True
 
 
@@ -41,10 +43,10 @@ class TrainConfig(_Section):
     batch_size: PositiveInt = 64
     lr: PositiveFloat
     weight_decay: NonNegativeFloat = 1e-4
-    warmup: float = Field(0.05, ge=0, lt=1)
-    label_smoothing: float = Field(0.1, ge=0, lt=1)
-    ema: float = Field(0.0, ge=0, lt=1)
-    noise_until: float = Field(0.7, ge=0, le=1)
+    warmup: Share = 0.05
+    label_smoothing: Share = 0.1
+    ema: Share = 0.0
+    noise_until: Annotated[float, Field(ge=0, le=1)] = 0.7
     augment: AugmentConfig = AugmentConfig()
     precision: Literal["auto", "float32", "bf16", "fp16"] = "auto"
 
@@ -62,7 +64,7 @@ class QuantizeConfig(_Section):
     backend: Literal["torchao"] = "torchao"
     weight_bits: Literal[8] = 8
     activation_bits: Literal[8] = 8
-    observer: Literal["minmax", "histogram", "mse"] = "mse"
+    observer: Literal["minmax", "mse"] = "mse"
     ranges: Literal["observed", "learned"] = "observed"
     selection: Literal["dynamic", "static"] = "dynamic"
 
@@ -70,8 +72,8 @@ class QuantizeConfig(_Section):
 class FitConfig(TrainConfig):
     """Quantization-aware fine-tuning."""
 
-    freeze_ranges: float = Field(0.5, ge=0, le=1)
-    distill: float = Field(0.0, ge=0, le=1)
+    freeze_ranges: Annotated[float, Field(ge=0, le=1)] = 0.5
+    distill: Annotated[float, Field(ge=0, le=1)] = 0.0
 
 
 class Recipe(_Section):
@@ -112,7 +114,8 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
-            raise yaml.constructor.ConstructorError(problem="aliases are not allowed", problem_mark=self.peek_event().start_mark)
+            mark = self.peek_event().start_mark
+            raise yaml.constructor.ConstructorError(problem="aliases are not allowed", problem_mark=mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:

@@ -60,7 +60,10 @@ def find_manifest(name: str, data: ImageData) -> Manifest:
         path = Path(name)
     else:
         raise UserError(
-            f"calibration.manifest {name}", "no such manifest", f"auto, {', '.join(known)}, or a file", nearest(name, known)
+            f"calibration.manifest {name}",
+            "no such manifest",
+            f"auto, {', '.join(known)}, or a file",
+            nearest(name, known),
         )
     return read_manifest(path)
 
@@ -89,7 +92,9 @@ def resolve(manifest: Manifest, data: ImageData) -> Manifest:
     else:
         assert manifest.count is not None
         if manifest.count > len(split):
-            raise UserError(where, f"count {manifest.count}", f"at most {len(split)}, the size of the {manifest.split} split")
+            raise UserError(
+                where, f"count {manifest.count}", f"at most {len(split)}, the size of the {manifest.split} split"
+            )
         drawn = np.random.default_rng(manifest.seed).permutation(len(split))[: manifest.count]
         indices = sorted(drawn.tolist())
     if max(indices) >= len(split):
@@ -97,7 +102,10 @@ def resolve(manifest: Manifest, data: ImageData) -> Manifest:
     found = digest(split, indices)
     if manifest.digest is not None and manifest.digest != found:
         raise UserError(
-            where, f"samples with digest {found[:19]}...", f"{manifest.digest[:19]}...", "the data changed: make a new manifest"
+            where,
+            f"samples with digest {found[:19]}...",
+            f"{manifest.digest[:19]}...",
+            "the data changed: make a new manifest",
         )
     return manifest.model_copy(update={"indices": tuple(indices), "count": None, "digest": found})
 

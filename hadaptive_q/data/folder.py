@@ -52,7 +52,9 @@ def open_folder(root: Path, image_size: int | None = None) -> ImageData:
         val_classes, val = _scan(val_root)
         if val_classes != classes:
             odd = sorted(set(classes) ^ set(val_classes))
-            raise UserError(str(val_root), f"other classes than train/ ({', '.join(odd[:3])})", "the same class folders")
+            raise UserError(
+                str(val_root), f"other classes than train/ ({', '.join(odd[:3])})", "the same class folders"
+            )
     else:
         root_of_all = root / "train" if (root / "train").is_dir() else root
         classes, files = _scan(root_of_all)
@@ -70,7 +72,12 @@ def _scan(root: Path) -> tuple[tuple[str, ...], list[tuple[Path, int]]]:
     for label, folder in enumerate(folders):
         images = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
         if len(images) < 2:
-            raise UserError(f"--data {folder}", f"{len(images)} images", "at least 2 in every class", "add some, or remove the folder")
+            raise UserError(
+                f"--data {folder}",
+                f"{len(images)} images",
+                "at least 2 in every class",
+                "add some, or remove the folder",
+            )
         for path in images:
             check_header(path)
         files += [(path, label) for path in images]

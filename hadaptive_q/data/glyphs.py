@@ -11,6 +11,7 @@ import os
 import string
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -59,8 +60,9 @@ def usable_fonts() -> list[Path]:
 def _draws_all(path: Path) -> bool:
     font = FT2Font(str(path))
     charmap = font.get_charmap()
-    glyphs = [charmap.get(ord(c), 0) for c in CHARACTERS]
+    glyphs: list[Any] = [charmap.get(ord(c), 0) for c in CHARACTERS]
     # Old-style digits ("oneoldstyle") are digits.
+    # Index 0 is the font's "missing" glyph.
     return all(g and font.get_glyph_name(g).startswith(n) for g, n in zip(glyphs, _GLYPH_NAMES, strict=True))
 
 
@@ -138,6 +140,6 @@ def _distort(templates: Tensor, drawn: Tensor, size: int, noise: torch.Generator
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     distance = (x * stroke.cos()[:, None, None] + y * stroke.sin()[:, None, None] - offset[:, None, None]).abs()
     ink = torch.maximum(ink, (distance < STROKE_WIDTH) * strength[:, None, None])
-    image = back[:, None, None] + (fore - back)[:, None, None] * ink
+    image: Tensor = back[:, None, None] + (fore - back)[:, None, None] * ink
     image = image + sigma[:, None, None] * torch.randn(image.shape, generator=noise)
-    return (image.clamp(0, 1) * 255).round().to(torch.uint8)
+    return image.clamp(0, 1).mul(255).round().to(torch.uint8)

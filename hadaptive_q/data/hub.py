@@ -88,5 +88,3 @@ def _column(table: Any, kind: type, where: str) -> str:
             return str(name)
     columns = ", ".join(f"{n} ({type(f).__name__})" for n, f in table.features.items())
     raise UserError(where, f"columns {columns}", f"one of type {kind.__name__}")
-
-

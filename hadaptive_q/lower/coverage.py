@@ -29,12 +29,8 @@ def measure_coverage(program: ExportedProgram) -> Coverage:
     """Return the coverage of a program after delegation."""
     graph = program.graph_module
     delegates = list(_delegates(graph))
-    portable = sorted(
-        name for node in _calls(graph) if (name := _operator(node)) not in _BOOKKEEPING
-    )
-    fp32 = sorted(
-        _operator(node) for inner in delegates for node in _calls(inner) if _is_float_computation(node)
-    )
+    portable = sorted(name for node in _calls(graph) if (name := _operator(node)) not in _BOOKKEEPING)
+    fp32 = sorted(_operator(node) for inner in delegates for node in _calls(inner) if _is_float_computation(node))
     return Coverage(len(delegates), tuple(portable), tuple(fp32))
 
 

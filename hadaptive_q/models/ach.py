@@ -84,7 +84,7 @@ class ChannelScorer(nn.Module):
     stored_norm: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight
+        weight: Tensor = self.weight
         if self.training and torch.is_grad_enabled() and weight.requires_grad:
             self._step_temperature()
             weight = weight.view_as(weight)

@@ -17,9 +17,7 @@ class ConvBN(nn.Module):
     Shapes: `(B, c1, H, W) -> (B, c2, (H + 2p - k) / s + 1, ...)`.
     """
 
-    def __init__(
-        self, c1: int, c2: int, k: int = 1, s: int = 1, p: int = 0, groups: int = 1, act: bool = True
-    ) -> None:
+    def __init__(self, c1: int, c2: int, k: int = 1, s: int = 1, p: int = 0, groups: int = 1, act: bool = True) -> None:
         super().__init__()
         self.conv = nn.Conv2d(c1, c2, k, s, p, groups=groups, bias=False)
         self.bn = nn.BatchNorm2d(c2)

@@ -78,7 +78,9 @@ def load_model(path: str | Path) -> HadaptiveNet:
 def _read_safetensors(path: Path) -> tuple[CheckpointConfig, dict[str, Tensor]]:
     beside = path.with_suffix(".json")
     if not beside.is_file():
-        raise UserError(f"checkpoint {path}", f"no {beside.name} beside it", "the configuration written with the weights")
+        raise UserError(
+            f"checkpoint {path}", f"no {beside.name} beside it", "the configuration written with the weights"
+        )
     try:
         config = CheckpointConfig.model_validate(json.loads(beside.read_text()))
     except ValidationError as error:

@@ -129,7 +129,7 @@ def _l() -> HadaptiveNetConfig:
         stem=_stem(24, 96, 48),
         blocks=(
             *(_ghost(96, 4, s=2), _ghost(96, 4, k=3)),
-            *(_ghost(192, 4, s=2), *(pair + (_ghost(192, 4, k=5),)) * 3, *pair),
+            *(_ghost(192, 4, s=2), *(*pair, _ghost(192, 4, k=5)) * 3, *pair),
             *(_ghost(256, 4, s=2), *last),
             *(_ghost(256, 4, s=2), *last),
         ),

@@ -100,4 +100,4 @@ def count_macs(model: nn.Module, image_size: int) -> int:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model.eval()(image)
     model.train(training)
-    return counter.get_total_flops() // 2
+    return int(counter.get_total_flops()) // 2

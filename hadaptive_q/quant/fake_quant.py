@@ -60,7 +60,9 @@ class ActivationFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
     qscheme = torch.per_tensor_affine
     is_dynamic = False
 
-    def __init__(self, observer: ObserverName = "minmax", quant_min: int = -128, quant_max: int = 127, **_: Any) -> None:
+    def __init__(
+        self, observer: ObserverName = "minmax", quant_min: int = -128, quant_max: int = 127, **_: Any
+    ) -> None:
         super().__init__()
         self.quant_min, self.quant_max = quant_min, quant_max
         self.observer = RangeObserver(observer, quant_max - quant_min + 1)

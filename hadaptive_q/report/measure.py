@@ -16,7 +16,7 @@ from hadaptive_q.lower.parity import sqnr_db
 from hadaptive_q.models.ach import ACH
 from hadaptive_q.models.hadaptive_net import HadaptiveNet
 from hadaptive_q.quant.program import QuantizedProgram
-from hadaptive_q.report.record import AchRecord, LayerRecord, Latency
+from hadaptive_q.report.record import AchRecord, Latency, LayerRecord
 from hadaptive_q.rewrite.graph import module_path
 from hadaptive_q.rewrite.products import Product, find_products
 
@@ -140,7 +140,9 @@ def train_eval_overlap(model: HadaptiveNet, inputs: Tensor) -> dict[str, float]:
     return overlaps
 
 
-def measure_latency(quantized: Callable[[Tensor], Tensor], reference: Callable[[Tensor], Tensor], inputs: Tensor) -> Latency:
+def measure_latency(
+    quantized: Callable[[Tensor], Tensor], reference: Callable[[Tensor], Tensor], inputs: Tensor
+) -> Latency:
     """Time both files in alternation on one image: median and half the interquartile range, in milliseconds."""
     times: tuple[list[float], list[float]] = ([], [])
     for run in range(LATENCY_RUNS + LATENCY_WARMUP):

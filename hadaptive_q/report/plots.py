@@ -6,6 +6,7 @@ import io
 import math
 import re
 
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from hadaptive_q.report.record import LayerRecord, Report
@@ -21,8 +22,9 @@ def plots(report: Report) -> dict[str, str]:
 
 def _svg(figure: Figure) -> str:
     buffer = io.StringIO()
-    # No date and a fixed salt: the same report gives the same bytes.
-    figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
+    # No date and a fixed salt for identifiers: the same report gives the same bytes.
+    with rc_context({"svg.hashsalt": "hadaptive-q"}):
+        figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
     text = buffer.getvalue()
     return re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text[text.index("<svg") :], count=1)
 

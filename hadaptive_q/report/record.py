@@ -11,7 +11,8 @@ from hadaptive_q.atomic import write_text
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    # Infinite ratios (equal tensors) become JSON texts: a bare Infinity is no JSON.
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
 
 
 class Accuracy(_Part):
@@ -110,7 +111,7 @@ class Report(_Part):
     arm: dict[str, dict[str, int]] = {}
 
     def write(self, path: Path) -> None:
-        # Infinite ratios (equal tensors) are spelled as JSON texts by pydantic, not as bare Infinity.
+        """Write the record to `path` in one step."""
         write_text(path, self.model_dump_json(indent=1) + "\n")
 
 

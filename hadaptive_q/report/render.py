@@ -23,8 +23,12 @@ def write_report_pages(report: Report, folder: Path) -> None:
         lstrip_blocks=True,
     )
     environment.filters["mb"] = lambda count: f"{count / 1e6:.3f} MB"
-    environment.filters["counted"] = lambda names: ", ".join(f"{n} {c}x" for n, c in Counter(names).most_common())
+    environment.filters["counted"] = _counted
     shown = {"report": report, "weakest": sorted(report.layers, key=lambda layer: layer.sqnr_db)[:10]}
     write_text(folder / "report.md", environment.get_template("report.md.j2").render(shown))
     page = environment.get_template("report.html.j2").render(shown, plots=plots(report))
     write_text(folder / "report.html", page)
+
+
+def _counted(names: list[str]) -> str:
+    return ", ".join(f"{name} {count}x" for name, count in Counter(names).most_common())

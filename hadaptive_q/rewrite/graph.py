@@ -14,7 +14,8 @@ aten = torch.ops.aten
 def trace(model: nn.Module, image_size: int) -> GraphModule:
     """Return `model` (eval mode) as a graph with a free batch dimension for images `(B, 3, S, S)`.
 
-    The graph shares no tensor with `model`; dropout stays in it, switched off (see `dropout`).
+    The graph shares no tensor with `model`, and its parameters are contiguous: weights in channels-last strides
+    would be lowered as if they were not. Dropout stays in it, switched off (see `set_dropout`).
     """
     example = torch.zeros(2, 3, image_size, image_size)
     batch = torch.export.Dim("batch", min=1, max=1024)
@@ -23,7 +24,7 @@ def trace(model: nn.Module, image_size: int) -> GraphModule:
     graph = exported.module(check_guards=False)
     assert isinstance(graph, GraphModule)
     for name, parameter in list(graph.named_parameters()):
-        _assign(graph, name, nn.Parameter(parameter.detach().clone()))
+        _assign(graph, name, nn.Parameter(parameter.detach().clone(memory_format=torch.contiguous_format)))
     return graph
 
 
@@ -49,7 +50,7 @@ def add_parameter(graph: GraphModule, name: str, value: Tensor, before: Node) ->
     while hasattr(graph, unique):
         count += 1
         unique = f"{base}_{count}"
-    graph.register_parameter(unique, nn.Parameter(value.detach().clone()))
+    graph.register_parameter(unique, nn.Parameter(value.detach().clone(memory_format=torch.contiguous_format)))
     with graph.graph.inserting_before(before):
         node = graph.graph.get_attr(unique)
     node.meta["val"] = value.detach()

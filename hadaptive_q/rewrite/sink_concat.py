@@ -49,7 +49,7 @@ def _sink(graph: GraphModule, cat: Node) -> bool:
 def _is_depthwise(graph: GraphModule, conv: Node) -> bool:
     weight = constant(graph, conv.args[1])
     groups = conv.args[6] if len(conv.args) > 6 else 1
-    return weight is not None and weight.shape[1] == 1 and groups == weight.shape[0]
+    return weight is not None and weight.shape[1] == 1 and bool(groups == weight.shape[0])
 
 
 def _split_depthwise(graph: GraphModule, conv: Node, parts: list[Node]) -> list[Node]:

@@ -27,5 +27,7 @@ def load_state(path: Path, key: str) -> dict[str, Any] | None:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise UserError(str(path), "a damaged training state", "the state of an interrupted run", "delete it") from error
+        raise UserError(
+            str(path), "a damaged training state", "the state of an interrupted run", "delete it"
+        ) from error
     return state if isinstance(state, dict) and state.get("key") == key else None

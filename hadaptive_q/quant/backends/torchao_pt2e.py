@@ -121,7 +121,10 @@ def calibrate(prepared: Prepared, batches: Iterable[Tensor]) -> Calibrated:
             prepared.graph(inputs)
         except FloatingPointError as error:
             raise UserError(
-                f"calibration, batch {index + 1}", str(error), "finite activations", "check the checkpoint and the images"
+                f"calibration, batch {index + 1}",
+                str(error),
+                "finite activations",
+                "check the checkpoint and the images",
             ) from error
     for quantizer in activation_quantizers(prepared.graph):
         quantizer.fix()

@@ -1,0 +1,187 @@
+"""The command line as a user meets it: what it prints, and how it answers mistakes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hadaptive_q.models.checkpoint import save_model
+from hadaptive_q.models.hadaptive_net import create_model
+
+
+def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "hadaptive_q", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd)
+
+
+def assert_one_clear_line(done: subprocess.CompletedProcess[str], *words: str) -> None:
+    assert done.returncode == 2, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in lines[0], f"{word!r} not in {lines[0]!r}"
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of two classes with eight small images each, in a folder with a space and an umlaut."""
+    root = tmp_path_factory.mktemp("data") / "zwei Größen"
+    generator = np.random.default_rng(0)
+    for label in ("cats", "dogs"):
+        (root / label).mkdir(parents=True)
+        for index in range(8):
+            pixels = generator.integers(0, 255, (40, 50, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / label / f"{index}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def nano_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("checkpoint") / "nano.safetensors"
+    save_model(create_model("hadaptive_net_nano", 2), path)
+    return path
+
+
+def test_info_tells_the_published_size() -> None:
+    done = run("info", "hadaptive_net_s", "--classes", "100", "--json")
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert facts["params"] == 2_102_632
+    assert round(facts["macs"] / 1e6, 1) == 131.0
+    assert len(facts["stages"]) == 11
+
+
+def test_recipes_lists_what_ships() -> None:
+    done = run("recipes", "--json")
+    assert done.returncode == 0, done.stderr
+    assert {"float", "int8", "int8_ptq", "int8_static"} <= set(json.loads(done.stdout))
+
+
+def test_import_and_eval(tmp_path: Path, golden: Path) -> None:
+    done = run("import", str(golden / "nano_conductor.pt"), "--out", str(tmp_path / "imported"))
+    assert done.returncode == 0, done.stderr
+    assert sorted(p.name for p in (tmp_path / "imported").iterdir()) == ["model.json", "model.safetensors"]
+    done = run("eval", str(tmp_path / "imported"), "--data", "digits", "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["samples"] == 359
+    assert 0 <= result["top1"] <= result["top5"] <= 100
+
+
+MISTAKES = [
+    (["qat", "--recipe", "int88"], ["int88", "'int8'"]),
+    (["qat", "--recipe", "missing.yaml"], ["missing.yaml", "no such file"]),
+    (["ptq", "--recipe", "int8"], ["int8", "hadaptive-q qat"]),
+    (["qat", "--set", "fit.epoch=3"], ["fit.epoch", "'epochs'"]),
+    (["qat", "--set", "fit.epochs=many"], ["fit.epochs", "'many'", "integer"]),
+    (["qat", "--set", "quantize.selection=fixed"], ["quantize.selection", "'fixed'", "'dynamic'"]),
+    (["qat", "--set", "nonsense"], ["nonsense", "key=value"]),
+    (["qat", "--data", "digit"], ["--data", "'digit'", "'digits'"]),
+    (["qat", "--data", "nowhere/at/all"], ["nowhere/at/all"]),
+    (["train", "--model", "hadaptive_net_xs"], ["hadaptive_net_xs", "hadaptive_net_s"]),
+    (["qat", "--set", "image_size=16"], ["image_size", "16", "32"]),
+    (["info", "hadaptive_net"], ["hadaptive_net", "hadaptive_net_s"]),
+    (["eval", "nothing.pte"], ["nothing.pte", "no such file"]),
+    (["eval", "nothing.safetensors"], ["nothing.safetensors", "no such file"]),
+    (["ptq", "--set", "calibration.manifest=digitz"], ["digitz", "'digits'"]),
+    (["ptq", "--set", "calibration.manifest=glyphs"], ["digits", "glyphs"]),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), MISTAKES, ids=[" ".join(a) for a, _ in MISTAKES])
+def test_mistakes_get_one_line(arguments: list[str], words: list[str], tmp_path: Path, nano_ten: Path) -> None:
+    if arguments[0] in ("qat", "ptq") and "image_size=16" not in arguments:
+        arguments = [*arguments, "--out", "out"]
+    if any("manifest" in argument for argument in arguments):
+        arguments = [*arguments, "--checkpoint", str(nano_ten)]
+    done = run(*arguments, cwd=tmp_path)
+    assert_one_clear_line(done, *words)
+    assert not list(tmp_path.rglob("*.pte"))
+
+
+@pytest.fixture(scope="module")
+def nano_ten(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("checkpoint") / "nano.safetensors"
+    save_model(create_model("hadaptive_net_nano", 10), path)
+    return path
+
+
+def test_class_count_of_checkpoint_and_data(nano_checkpoint: Path, tmp_path: Path) -> None:
+    done = run("ptq", "--checkpoint", str(nano_checkpoint), "--out", str(tmp_path / "out"))
+    assert_one_clear_line(done, "2 classes", "10")
+
+
+@pytest.mark.parametrize("cut", [0, 7, 1000])
+def test_truncated_checkpoint(nano_checkpoint: Path, tmp_path: Path, cut: int) -> None:
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(nano_checkpoint.read_bytes()[:cut])
+    broken.with_suffix(".json").write_text(nano_checkpoint.with_suffix(".json").read_text())
+    done = run("ptq", "--checkpoint", str(broken), "--out", str(tmp_path / "out"))
+    assert_one_clear_line(done, "broken.safetensors", "truncated")
+
+
+def test_foreign_checkpoint(tmp_path: Path) -> None:
+    foreign = tmp_path / "foreign.pt"
+    torch.save({"state_dict": {}}, foreign)
+    done = run("import", str(foreign), "--out", str(tmp_path / "out"))
+    assert_one_clear_line(done, "foreign.pt", "model_desc")
+    assert not (tmp_path / "out").exists()
+
+
+def test_unreadable_image(images: Path, nano_checkpoint: Path, tmp_path: Path) -> None:
+    for label in ("cats", "dogs"):
+        (tmp_path / "data" / label).mkdir(parents=True)
+        for source in (images / label).iterdir():
+            (tmp_path / "data" / label / source.name).write_bytes(source.read_bytes())
+    (tmp_path / "data" / "dogs" / "3.png").write_bytes(b"no image")
+    done = run(
+        "ptq", "--checkpoint", str(nano_checkpoint), "--data", str(tmp_path / "data"), "--out", str(tmp_path / "o")
+    )
+    assert_one_clear_line(done, "3.png", "image")
+
+
+def test_class_folder_without_images(tmp_path: Path) -> None:
+    for label in ("a", "b"):
+        (tmp_path / "data" / label).mkdir(parents=True)
+    done = run("qat", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out"))
+    assert_one_clear_line(done, "0 images")
+
+
+def test_output_that_cannot_be_written(tmp_path: Path, nano_ten: Path) -> None:
+    # A file where a folder is needed: also refused to root, whom permissions do not stop.
+    (tmp_path / "file").write_text("")
+    done = run("ptq", "--checkpoint", str(nano_ten), "--out", str(tmp_path / "file" / "out"))
+    assert_one_clear_line(done, "--out", "can be written")
+
+
+def test_garbage_pte(tmp_path: Path) -> None:
+    (tmp_path / "garbage.pte").write_bytes(bytes(range(256)) * 8)
+    done = run("eval", str(tmp_path / "garbage.pte"))
+    assert_one_clear_line(done, "garbage.pte")
+
+
+def test_folder_from_images_to_file(images: Path, tmp_path: Path) -> None:
+    """Two classes in a folder, a network trained for one epoch, a file that runs."""
+    out = tmp_path / "lauf eins"
+    settings = ["model=hadaptive_net_nano", "image_size=32", "float.epochs=1", "float.batch_size=4", "fit.epochs=1"]
+    arguments = [part for setting in [*settings, "fit.batch_size=4"] for part in ("--set", setting)]
+    done = run("qat", "--data", str(images), "--out", str(out), *arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["accuracy"]["samples"] == 4
+    assert report["size"]["pte_bytes"] == (out / "model.pte").stat().st_size
+    done = run("eval", str(out / "model.pte"), "--data", str(images), "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["top1"] == report["accuracy"]["pte_top1"]
+    done = run("eval", str(out / "float.safetensors"), "--data", str(images), "--json")
+    assert json.loads(done.stdout)["top1"] == report["accuracy"]["float_top1"]

@@ -1,0 +1,137 @@
+"""Every shipped recipe and calibration manifest, from data to the measured file, on the nano network."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from hadaptive_q.data.datasets import open_data
+from hadaptive_q.errors import UserError
+from hadaptive_q.evaluate import evaluate_file
+from hadaptive_q.models.checkpoint import load_model, save_model
+from hadaptive_q.models.hadaptive_net import create_model
+from hadaptive_q.pipeline import quantize, train_float
+from hadaptive_q.recipe import Recipe, load_recipe, parse_recipe, shipped
+
+QUANTIZING = [name for name in shipped("recipes") if load_recipe(name).task != "train"]
+TRAINING = [name for name in shipped("recipes") if load_recipe(name).task == "train"]
+MANIFESTS = list(shipped("calib"))
+DESIGN_KEYS = {
+    "model",
+    "recipe",
+    "recipe_digest",
+    "versions",
+    "accuracy",
+    "size",
+    "parity",
+    "coverage",
+    "ach",
+    "latency",
+    "arm",
+}
+
+
+def small(name: str, **settings: object) -> Recipe:
+    """Return a shipped recipe at a size for tests: nano network, 32x32, one epoch each."""
+    fields = {"model": "hadaptive_net_nano", "image_size": 32, "float.epochs": 1, "float.lr": 0.005, **settings}
+    recipe = load_recipe(name)
+    if recipe.fit:
+        fields["fit.epochs"] = 1
+    return load_recipe(name, [f"{key}={value}" for key, value in fields.items()])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A nano network that has seen digits for one epoch; every recipe starts from it."""
+    out = tmp_path_factory.mktemp("float")
+    train_float(small("float"), out)
+    return out / "float.safetensors"
+
+
+@pytest.mark.parametrize("name", QUANTIZING)
+def test_recipe_gives_a_measured_file(name: str, trained: Path, tmp_path: Path) -> None:
+    recipe = small(name)
+    report = quantize(recipe, tmp_path, trained)
+
+    assert {p.name for p in tmp_path.iterdir()} >= {
+        *("model.pte", "float.pte", "report.json", "report.md", "report.html"),
+        *("recipe.yaml", "calibration.yaml", "float.safetensors", "float.json", "quantized.safetensors"),
+    }
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".") or p.suffix == ".state"]
+    written = json.loads((tmp_path / "report.json").read_text())
+    assert written.keys() >= DESIGN_KEYS
+    assert written["accuracy"].keys() >= {"samples", "float_top1", "quantized_top1", "pte_top1", "onnx_top1"}
+    assert written["size"]["pte_bytes"] == (tmp_path / "model.pte").stat().st_size
+    assert written["size"]["pte_deflated_bytes"] < written["size"]["pte_bytes"]
+
+    # The figures are those of the file: another process that knows nothing of the run finds the same.
+    again = evaluate_file(tmp_path / "model.pte", "digits")
+    assert again["samples"] == report.accuracy.samples == 359
+    assert again["top1"] == report.accuracy.pte_top1
+    assert report.parity.top1_agreement >= 0.95  # an untrained network has many near-ties among its logits
+    assert abs(report.accuracy.pte_top1 - report.accuracy.quantized_top1) <= 5
+
+    selections = {ach.selection for ach in report.ach}
+    assert selections == {recipe.quantize.selection}
+    assert ("topk" in report.coverage.portable_ops) == (recipe.quantize.selection == "dynamic")
+    if recipe.quantize.selection == "static":
+        assert all(ach.flip_rate == 0 for ach in report.ach)
+        chosen = json.loads((tmp_path / "selection.json").read_text())
+        assert [len(set(channels)) for channels in chosen.values()] == [6, 6, 8]
+
+    # The resolved recipe is complete: read back, it is the same recipe.
+    import yaml
+
+    resolved = parse_recipe(yaml.safe_load((tmp_path / "recipe.yaml").read_text()), "recipe.yaml")
+    assert resolved.digest() == report.recipe_digest == recipe.digest()
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_training_recipe_gives_a_checkpoint(name: str, tmp_path: Path) -> None:
+    data, trained = train_float(small(name), tmp_path)
+    assert trained.logits.shape == (len(data.val), 10)
+    loaded = load_model(tmp_path / "float.safetensors")
+    assert loaded.preprocess == data.preprocess
+    # A second call finds the finished training instead of repeating it.
+    written = (tmp_path / "float.safetensors").stat().st_mtime_ns
+    _, again = train_float(small(name), tmp_path)
+    assert (tmp_path / "float.safetensors").stat().st_mtime_ns == written
+    assert torch.equal(trained.logits, again.logits)
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_manifest_calibrates_its_data(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    data = open_data(name, 16)
+    checkpoint = tmp_path / "nano.safetensors"
+    save_model(create_model("hadaptive_net_nano", data.num_classes), checkpoint)
+    recipe = small("int8_ptq", data=name, image_size=16, **{"calibration.manifest": name})
+    from hadaptive_q.data.calibration import find_manifest, resolve
+    from hadaptive_q.pipeline import quantized_program
+
+    manifest = resolve(find_manifest(recipe.calibration.manifest, data), data)
+    assert manifest.digest == find_manifest(name, data).digest
+    program = quantized_program(recipe, load_model(checkpoint), data, manifest, tmp_path)
+    assert program(torch.zeros(1, 3, 16, 16)).isfinite().all()
+
+
+def test_nan_in_the_checkpoint_is_named(tmp_path: Path) -> None:
+    model = create_model("hadaptive_net_nano", 10)
+    with torch.no_grad():
+        model.blocks[0].projection.conv.weight[0] = float("nan")
+    save_model(model, tmp_path / "nan.safetensors")
+    with pytest.raises(UserError, match="NaN"):
+        quantize(small("int8_ptq"), tmp_path / "out", tmp_path / "nan.safetensors")
+
+
+def test_infinite_activations_are_named(tmp_path: Path) -> None:
+    model = create_model("hadaptive_net_nano", 10)
+    with torch.no_grad():
+        model.stem[0].bn.weight.fill_(1e38)
+    save_model(model, tmp_path / "huge.safetensors")
+    with pytest.raises(UserError, match="calibration"):
+        quantize(small("int8_ptq"), tmp_path / "out", tmp_path / "huge.safetensors")
+    assert not (tmp_path / "out" / "model.pte").exists()
