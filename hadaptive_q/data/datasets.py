@@ -79,14 +79,17 @@ def digest(split: Split, indices: Sequence[int]) -> str:
 
 
 def held_out(labels: Sequence[int], seed: int = 0) -> tuple[list[int], list[int]]:
-    """Split indices into train and validation, the same share of every class, at least one on each side."""
+    """Split indices into train and validation, the same share of every class, at least one on each side.
+
+    The only sample of a class is a training sample.
+    """
     generator = np.random.default_rng(seed)
     array = np.asarray(labels)
     train: list[int] = []
     val: list[int] = []
     for label in np.unique(array):
         members = generator.permutation(np.flatnonzero(array == label))
-        count = max(1, round(HELD_OUT * len(members)))
+        count = min(max(1, round(HELD_OUT * len(members))), len(members) - 1)
         val += members[:count].tolist()
         train += members[count:].tolist()
     return sorted(train), sorted(val)

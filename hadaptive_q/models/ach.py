@@ -34,7 +34,8 @@ class _DySoftFunction(torch.autograd.Function):
         slope.mul_(gradient).mul_(weight)
         return (
             slope * alpha,
-            torch.dot(slope.flatten(), q.flatten()).reshape(alpha.shape),
+            # Under autocast the product is in half precision while the slope, as everything `alpha` meets, is not.
+            torch.dot(slope.flatten(), q.flatten().to(slope.dtype)).reshape(alpha.shape),
             (gradient * u).sum((0, 2, 3), keepdim=True),
             gradient.sum((0, 2, 3), keepdim=True),
         )
@@ -160,7 +161,8 @@ class ACH(nn.Module):
     def select(self, scores: Tensor) -> Tensor:
         """Return the chosen channels `(B, cs)` of `scores` `(B, C)`, as at inference."""
         chosen = scores.topk(self.cs, dim=1).indices
-        return chosen.sort(dim=1).values if self.slot_order == "channel" else chosen
+        # Sorted by a second topk: ExecuTorch's runtime has no sort.
+        return -(-chosen).topk(self.cs, dim=1).values if self.slot_order == "channel" else chosen
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.bn(self.pointwise(x))
@@ -180,8 +182,10 @@ class ACH(nn.Module):
         # float32 whatever the autocast type: Gumbel noise takes two logarithms.
         scores = scores.float()
         noise = -torch.empty_like(scores).exponential_().log()
-        soft = ((scores + self.noise * noise) / self.scorer.tau).softmax(dim=1)
-        chosen = self.select(soft.detach())
+        perturbed = scores + self.noise * noise
+        soft = (perturbed / self.scorer.tau).softmax(dim=1)
+        # Chosen before the softmax, which is zero for most channels once tau is small.
+        chosen = self.select(perturbed.detach())
         out: Tensor = _StraightThroughGather.apply(x, chosen, soft.gather(1, chosen).to(x.dtype))
         return out
 

@@ -69,7 +69,10 @@ def load_model(path: str | Path) -> HadaptiveNet:
     else:
         model_config, tensors = read_conductor(path)
         config = CheckpointConfig(model=model_config)
-    model = HadaptiveNet(config.model)
+    try:
+        model = HadaptiveNet(config.model)
+    except ValueError as error:
+        raise UserError(f"checkpoint {path}", f"'{error}'", "the configuration of a Hadaptive-Net") from error
     _load_strictly(model, tensors, path)
     model.preprocess = config.preprocess
     return model.eval()
@@ -112,7 +115,8 @@ def _load_strictly(model: HadaptiveNet, tensors: dict[str, Tensor], path: Path) 
             raise UserError(
                 f"checkpoint {path}, {name}", f"shape {tuple(tensor.shape)}", f"{tuple(expected[name].shape)}"
             )
-        if tensor.is_floating_point() and name.endswith(("weight", "bias")) and not tensor.isfinite().all():
+        # The norms of the temperature rule are NaN until their step has come.
+        if not name.endswith(("gradient_norm", "stored_norm")) and not tensor.isfinite().all():
             raise UserError(f"checkpoint {path}, {name}", "NaN or infinity", "finite weights")
     with torch.no_grad():
         model.load_state_dict({n: t.to(expected[n].dtype) for n, t in tensors.items()})

@@ -32,7 +32,7 @@ def read_conductor(path: Path) -> tuple[HadaptiveNetConfig, dict[str, Tensor]]:
     where = f"checkpoint {path}"
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError, TypeError) as error:
         raise UserError(
             where, f"'{str(error).splitlines()[0][:120]}'", "a checkpoint of tensors and plain containers"
         ) from error

@@ -32,7 +32,8 @@ def _sink(graph: GraphModule, cat: Node) -> bool:
     user = next(iter(cat.users))
     nodes = [part for part in parts if isinstance(part, Node)]
     if user.target in _ELEMENTWISE:
-        moved = [_repeat(graph, user, (part,)) for part in nodes]
+        # Out of place: on the concatenation it wrote to a fresh tensor, on a part it would change other readers.
+        moved = [_repeat(graph, user, (part,), aten.hardswish.default) for part in nodes]
     elif user.target == aten.conv2d.default and _is_depthwise(graph, user):
         moved = _split_depthwise(graph, user, nodes)
     else:

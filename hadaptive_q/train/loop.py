@@ -28,6 +28,7 @@ from hadaptive_q.train.schedule import learning_rate_factor, noise_factor
 
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 MAX_GRADIENT_NORM = 5.0
+SCALAR_RATE = 0.1
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Training:
 def train(model: nn.Module, data: ImageData, training: Training) -> nn.Module:
     """Train `model` in place on `data.train` and return it, with averaged weights where `ema` is set.
 
-    AdamW, linear warm-up, cosine decay; norms, biases and vectors are not decayed.
+    AdamW, linear warm-up, cosine decay; norms, biases and vectors are not decayed, scalars move at a tenth.
     """
     config = training.config
     accelerator = Accelerator(mixed_precision=_precision(config.precision))
@@ -58,7 +59,7 @@ def train(model: nn.Module, data: ImageData, training: Training) -> nn.Module:
     batches = max(1, len(data.train) // config.batch_size)
     steps = batches * config.epochs
     augment = Augment(config.augment, data.preprocess, data.mirror)
-    optimizer = torch.optim.AdamW(_parameter_groups(model, config.weight_decay), lr=config.lr)
+    optimizer = torch.optim.AdamW(_parameter_groups(model, config), lr=config.lr)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: learning_rate_factor(step, steps, config.warmup)
     )
@@ -147,10 +148,15 @@ def _precision(name: str) -> str:
     return "no" if name == "float32" else name
 
 
-def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    decayed = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
-    plain = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+def _parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, object]]:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trained if p.dim() > 1 and p.numel() > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.dim() <= 1 and p.numel() > 1], "weight_decay": 0.0},
+        # DySoft's slope and learned scales: one number stands for a whole tensor, and Adam moves it as fast as any
+        # weight. At the full rate the slopes ran to zero in the first epochs, and with them the products.
+        {"params": [p for p in trained if p.numel() == 1], "weight_decay": 0.0, "lr": config.lr * SCALAR_RATE},
+    ]
 
 
 def _set_noise(model: nn.Module, factor: float) -> None:

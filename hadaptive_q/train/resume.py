@@ -26,7 +26,7 @@ def load_state(path: Path, key: str) -> dict[str, Any] | None:
         return None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError, TypeError) as error:
         raise UserError(
             str(path), "a damaged training state", "the state of an interrupted run", "delete it"
         ) from error
