@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import typing
 from collections.abc import Hashable, Mapping
 from pathlib import Path
@@ -24,7 +25,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class AugmentConfig(_Section):
@@ -126,11 +127,19 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+# YAML 1.1 reads 1e-3 as text for want of a dot, and everybody writes learning rates so.
+_UniqueKeyLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+# ValueError comes from values that only look like a date or a number (2020-13-45, 0b_).
+_NOT_PLAIN = (yaml.YAMLError, ValueError, RecursionError)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Return the mapping in `path`. Raises UserError for anything that is not plain YAML data."""
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
-    except (yaml.YAMLError, OSError, UnicodeDecodeError, RecursionError) as error:
+    except (OSError, *_NOT_PLAIN) as error:
         raise UserError(str(path), f"'{' '.join(str(error).split())}'", "plain YAML") from error
     if not isinstance(content, dict):
         raise UserError(str(path), type(content).__name__, "a mapping of keys to values")
@@ -185,7 +194,7 @@ def _apply(content: dict[str, Any], setting: str) -> None:
             raise UserError(f"--set {setting}", f"{parent!r}, which is a single value", "a section of the recipe")
     try:
         target[leaf] = yaml.load(text, _UniqueKeyLoader)
-    except yaml.YAMLError as error:
+    except _NOT_PLAIN as error:
         raise UserError(f"--set {setting}", repr(text), "a plain YAML value") from error
 
 

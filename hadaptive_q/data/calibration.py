@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 from pydantic import ValidationError as PydanticError
 from torch import Tensor
 
@@ -33,7 +33,7 @@ class Manifest(BaseModel):
     split: Literal["train", "val"] = "train"
     count: PositiveInt | None = None
     seed: NonNegativeInt = 0
-    indices: tuple[NonNegativeInt, ...] | None = None
+    indices: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] | None = None
     digest: str | None = None
 
     @model_validator(mode="after")

@@ -31,6 +31,8 @@ class HubSplit(Dataset[Item]):
 
     def identity(self, index: int) -> bytes:
         image = self.table[index][self.image]
+        if image is None:
+            raise UserError(f"{self.where}, row {index}", "no image", "an image in every row", "remove the row")
         return bytes(image["bytes"]) if image["bytes"] is not None else Path(image["path"]).read_bytes()
 
 
@@ -46,10 +48,12 @@ def open_hub(name: str, image_size: int | None = None) -> ImageData:
     image = _column(train, datasets.Image, where)
     label = _column(train, datasets.ClassLabel, where)
     val_name = next((n for n in _VAL_NAMES if n in tables), None)
+    labels = _labels(train, label, where)
     if val_name is not None:
         val = tables[val_name]
+        _labels(val, label, where)
     else:
-        kept, out = held_out(train[label])
+        kept, out = held_out(labels)
         train, val = train.select(kept), train.select(out)
     size = image_size or DEFAULT_IMAGE_SIZE
     classes = tuple(train.features[label].names)
@@ -69,7 +73,7 @@ def _load(name: str, where: str) -> Any:
                 raise UserError(where, "a folder without *.parquet", "parquet shards")
             return datasets.load_dataset("parquet", data_files=_shards_by_split(shards))
         return datasets.load_dataset(name)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(where, f"'{first}'", "a hub data set that can be reached, or a local parquet") from error
 
@@ -80,6 +84,14 @@ def _shards_by_split(shards: list[Path]) -> dict[str, list[str]]:
         split = next((n for n in (*_VAL_NAMES, "train") if shard.name.startswith(n)), "train")
         found.setdefault(split, []).append(str(shard))
     return found
+
+
+def _labels(table: Any, label: str, where: str) -> list[int]:
+    labels = list(table[label])
+    missing = sum(value is None or value < 0 for value in labels)
+    if missing:
+        raise UserError(f"{where}, column {label}", f"{missing} rows without a label", "labels for all rows")
+    return labels
 
 
 def _column(table: Any, kind: type, where: str) -> str:

@@ -35,7 +35,7 @@ def decode(data: bytes, size: int, where: str) -> Tensor:
             # Pillow warns between one and two times its pixel limit and raises above: refuse both.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data)) as image:
-                upright = ImageOps.exif_transpose(image).convert("RGB")
+                upright = _eight_bits(ImageOps.exif_transpose(image)).convert("RGB")
     except (
         UnidentifiedImageError,
         OSError,
@@ -47,6 +47,13 @@ def decode(data: bytes, size: int, where: str) -> Tensor:
         raise UserError(where, _reason(error), _EXPECTED, "remove or replace it") from error
     fitted = ImageOps.fit(upright, (size, size), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).contiguous()
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Scale 16-bit grayscale down; Pillow's own conversion cuts every value above 255."""
+    if not image.mode.startswith("I"):
+        return image
+    return Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
 
 
 def _reason(error: Exception) -> str:

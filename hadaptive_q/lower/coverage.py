@@ -62,5 +62,4 @@ def _is_float_computation(node: Node) -> bool:
     activations = [n for n in node.all_input_nodes if n.op == "call_function"]
     from_codes = bool(activations) and all(_operator(n) in _CONVERSIONS for n in activations)
     to_codes = all(_operator(user) in _CONVERSIONS for user in node.users)
-    # XNNPACK's partitioner takes Hardswish in float only: codes on both sides do not make it an int8 operator.
-    return not (from_codes and to_codes) or _operator(node) in ("hardswish", "mean")
+    return not (from_codes and to_codes)

@@ -6,11 +6,18 @@ import logging
 import warnings
 from dataclasses import dataclass
 
+from executorch.backends.xnnpack.partition.config import ALL_PARTITIONER_CONFIGS
+from executorch.backends.xnnpack.partition.config.generic_node_configs import HardswishConfig
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.exir import ExecutorchProgramManager, to_edge_transform_and_lower
 from torch.export import ExportedProgram
 
 from hadaptive_q.lower.coverage import Coverage, measure_coverage
+from hadaptive_q.lower.hardswish_int8 import Int8HardswishConfig
+
+
+# The stock partitioner's configurations, with ours in the place of those they extend.
+_CONFIGS = [Int8HardswishConfig if c is HardswishConfig else c for c in ALL_PARTITIONER_CONFIGS]
 
 
 @dataclass(frozen=True)
@@ -26,7 +33,7 @@ def lower(program: ExportedProgram) -> Lowered:
     with warnings.catch_warnings(), _quiet("executorch", "torch.export", "root"):
         # The lowering of a third party warns about its own deprecated calls; nothing the user can act on.
         warnings.simplefilter("ignore")
-        edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
+        edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner(configs=_CONFIGS)])
         manager: ExecutorchProgramManager = edge.to_executorch()
     return Lowered(bytes(manager.buffer), measure_coverage(manager.exported_program()))
 

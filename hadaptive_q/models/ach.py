@@ -90,8 +90,9 @@ class ChannelScorer(nn.Module):
             self._step_temperature()
             weight = weight.view_as(weight)
             weight.register_hook(self._record)
-        means = x.mean((-1, -2), keepdim=True).squeeze(-1).transpose(1, 2)
-        return F.conv1d(means, weight, padding=2).squeeze(1)
+        # Views only: XNNPACK takes them, and squeeze and transpose it does not.
+        means = x.mean((-1, -2), keepdim=True).reshape(-1, 1, x.shape[1])
+        return F.conv1d(means, weight, padding=2).reshape(-1, x.shape[1])
 
     def _record(self, gradient: Tensor) -> None:
         self.gradient_norm.copy_(gradient.detach().norm())
@@ -137,15 +138,11 @@ class ACH(nn.Module):
         self.register_buffer("noise", torch.tensor(1.0), persistent=False)
         self.norm: nn.Module = DySoft(len(i)) if norm == "dysoft" else nn.BatchNorm2d(len(i))
         self.register_buffer("frozen", None, persistent=False)
-        self.register_buffer("frozen_i", None, persistent=False)
-        self.register_buffer("frozen_j", None, persistent=False)
 
     pair_i: Tensor
     pair_j: Tensor
     noise: Tensor
     frozen: Tensor | None
-    frozen_i: Tensor
-    frozen_j: Tensor
 
     @property
     def out_channels(self) -> int:
@@ -156,7 +153,6 @@ class ACH(nn.Module):
         if indices.shape != (self.cs,):
             raise ValueError(f"expected {self.cs} indices, got shape {tuple(indices.shape)}")
         self.frozen = indices.to(self.pair_i.device)
-        self.frozen_i, self.frozen_j = self.frozen[self.pair_i], self.frozen[self.pair_j]
 
     def select(self, scores: Tensor) -> Tensor:
         """Return the chosen channels `(B, cs)` of `scores` `(B, C)`, as at inference."""
@@ -170,12 +166,14 @@ class ACH(nn.Module):
 
     def _products(self, x: Tensor) -> Tensor:
         if self.frozen is not None:
-            return x[:, self.frozen_i] * x[:, self.frozen_j]
-        scores = self.scorer(x)
+            z = x[:, self.frozen]
+        elif self.training:
+            z = self._gumbel_gather(x, self.scorer(x))
+        else:
+            z = gather_channels(x, self.select(self.scorer(x)))
         if self.training:
-            out: Tensor = CrossHadamard.apply(self._gumbel_gather(x, scores))
+            out: Tensor = CrossHadamard.apply(z)
             return out
-        z = gather_channels(x, self.select(scores))
         return z[:, self.pair_i] * z[:, self.pair_j]
 
     def _gumbel_gather(self, x: Tensor, scores: Tensor) -> Tensor:

@@ -19,6 +19,11 @@ from hadaptive_q.models.config import ACHConfig, BlockConfig, ConvConfig, GhostC
 from hadaptive_q.models.cross_hadamard import pair_indices
 
 _NORMS: dict[str, Norm] = {"DySoft": "dysoft", "BN": "batch_norm", "BatchNorm2d": "batch_norm"}
+# What `torch.load` raises for a damaged or foreign file.
+_UNREADABLE = (
+    *(pickle.UnpicklingError, RuntimeError, EOFError, OSError),
+    *(ValueError, LookupError, AttributeError, TypeError),
+)
 _CONV_BN = {"conv": "conv", "bn": "bn"}
 _GHOST = {"primary_conv": "primary", "cheap_operation": "cheap"}
 _ACH = {"fc": "pointwise", "norm_x": "bn", "eva_net.conv": "scorer", "norm": "norm"}
@@ -32,10 +37,9 @@ def read_conductor(path: Path) -> tuple[HadaptiveNetConfig, dict[str, Tensor]]:
     where = f"checkpoint {path}"
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError, TypeError) as error:
-        raise UserError(
-            where, f"'{str(error).splitlines()[0][:120]}'", "a checkpoint of tensors and plain containers"
-        ) from error
+    except _UNREADABLE as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0][:120]
+        raise UserError(where, f"'{reason}'", "a checkpoint of tensors and plain containers") from error
     keys = ("model_desc", "model_state_dict")
     if not isinstance(content, dict) or any(not isinstance(content.get(key), Mapping) for key in keys):
         raise UserError(where, "a foreign layout", "a dict with 'model_desc' and 'model_state_dict'")
@@ -124,12 +128,12 @@ def _rename(config: HadaptiveNetConfig, state: Mapping[str, Any], where: str) ->
     for name, tensor in state.items():
         if not isinstance(tensor, Tensor):
             raise UserError(f"{where}, {name}", type(tensor).__name__, "a tensor")
-        module, _, leaf = name.rpartition(".")
-        if leaf in ("hadamard_i", "hadamard_j"):
+        module, _, leaf = str(name).rpartition(".")
+        if module not in prefixes:
+            raise UserError(f"{where}, {name}", "an unknown tensor", "the tensors of the described network")
+        if leaf in ("hadamard_i", "hadamard_j") and prefixes[module].endswith(".scorer"):
             _check_pairs(config, name, tensor, where)
         elif leaf != "tau_adj":
-            if module not in prefixes:
-                raise UserError(f"{where}, {name}", "an unknown tensor", "the tensors of the described network")
             tensors[f"{prefixes[module]}.{leaf}"] = tensor
     for index, block in enumerate(config.blocks):
         if isinstance(block, ACHConfig):  # steps of the temperature rule that the authors do not store
@@ -141,8 +145,7 @@ def _rename(config: HadaptiveNetConfig, state: Mapping[str, Any], where: str) ->
 def _check_pairs(config: HadaptiveNetConfig, name: str, tensor: Tensor, where: str) -> None:
     """Refuse a file whose product slots are not in row-major order: its norms would meet other products."""
     block = config.blocks[int(name.split(".")[1]) - len(config.stem)]
-    if not isinstance(block, ACHConfig):
-        raise UserError(f"{where}, {name}", "pair indices in a Ghost block", "them in ACH blocks only")
+    assert isinstance(block, ACHConfig)
     expected = pair_indices(block.cs)[name.endswith("j")]
     if not torch.equal(tensor.long(), expected):
         raise UserError(f"{where}, {name}", "another pair order", f"the row-major pairs of {block.cs} channels")

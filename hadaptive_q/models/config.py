@@ -6,9 +6,9 @@ Products"). Kept free of torch, so that recipes and ``--help`` can name models w
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator
 
 Norm = Literal["dysoft", "batch_norm"]
 SlotOrder = Literal["rank", "channel"]
@@ -64,7 +64,7 @@ class HadaptiveNetConfig(_Frozen):
     name: str
     num_classes: PositiveInt = 100
     stem: tuple[ConvConfig, ...]
-    blocks: tuple[BlockConfig, ...]
+    blocks: tuple[Annotated[BlockConfig, Field(discriminator="expansion")], ...]
     tail: PositiveInt = 960
     hidden: PositiveInt = 1280
     dropout: float = 0.3

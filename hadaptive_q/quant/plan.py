@@ -10,11 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import nn
 from torch.fx import GraphModule, Node
 
 from hadaptive_q.quant.formats import ActivationFormat, WeightFormat
 from hadaptive_q.recipe import QuantizeConfig
-from hadaptive_q.rewrite.graph import aten
+from hadaptive_q.rewrite.graph import aten, constant
 
 WEIGHTED = (aten.conv2d.default, aten.linear.default)
 VIEWS = (aten.flatten.using_ints, aten.dropout.default, aten.view.default, aten.reshape.default)
@@ -34,9 +35,9 @@ def make_plan(graph: GraphModule, config: QuantizeConfig) -> Plan:
     activation = ActivationFormat(config.activation_bits)
     plan = Plan()
     for node in graph.graph.nodes:
-        if node.target in WEIGHTED:
+        if _is_weighted(graph, node):
             plan.weights[node.name] = WeightFormat(config.weight_bits)
-        if not _computes_on_codes(node):
+        if not _computes_on_codes(graph, node):
             continue
         for tensor in (*_activation_inputs(node), node):
             plan.activations[tensor.name] = activation
@@ -46,15 +47,23 @@ def make_plan(graph: GraphModule, config: QuantizeConfig) -> Plan:
             plan.activations[node.args[0].name] = activation
             plan.shared[node.name] = node.args[0].name
     for node in graph.graph.nodes:
-        if node.target == aten.cat.default:
+        if node.target == aten.cat.default and node.name in plan.activations:
             first, *rest = node.args[0]
             plan.shared.update({tensor.name: first.name for tensor in (*rest, node)})
     return plan
 
 
-def _computes_on_codes(node: Node) -> bool:
-    if node.target in (*WEIGHTED, aten.cat.default):
+def _is_weighted(graph: GraphModule, node: Node) -> bool:
+    # A constant matrix (the sum over ranks, say) is float arithmetic, not a layer.
+    return node.target in WEIGHTED and isinstance(constant(graph, node.args[1]), nn.Parameter)
+
+
+def _computes_on_codes(graph: GraphModule, node: Node) -> bool:
+    if _is_weighted(graph, node):
         return True
+    if node.target == aten.cat.default:
+        # Where a layer reads it; the concatenations inside a product are float arithmetic.
+        return any(_is_weighted(graph, user) for user in node.users)
     # A residual adds two activations; the additions inside a norm add a number or a parameter.
     return node.target == aten.add.Tensor and len(_activation_inputs(node)) == 2
 

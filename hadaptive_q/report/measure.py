@@ -18,7 +18,7 @@ from hadaptive_q.models.hadaptive_net import HadaptiveNet
 from hadaptive_q.quant.program import QuantizedProgram
 from hadaptive_q.report.record import AchRecord, Latency, LayerRecord
 from hadaptive_q.rewrite.graph import module_path
-from hadaptive_q.rewrite.products import Product, find_products
+from hadaptive_q.rewrite.products import Product, chosen_indices, find_products
 
 LATENCY_RUNS, LATENCY_WARMUP = 60, 10
 OVERLAP_SEED = 0
@@ -86,7 +86,7 @@ def measure_ach(
     """Compare operands, products, norms and selections of every ACH with float on the same inputs."""
     products = find_products(deploy)
     readers = _dequantized(program)
-    names = {n for p in products for n in (p.mixed, p.left, p.right, p.product, p.normed, p.indices) if n}
+    names = {n for p in products for n in (p.mixed, p.chosen, p.product, p.normed, p.choice) if n}
     reference = record(deploy, inputs, names)
     measured = record(program.graph, inputs, names | {readers[p.normed].name for p in products})
     return [_ach_record(p, reference, measured, readers[p.normed].name, overlaps.get(p.name)) for p in products]
@@ -96,16 +96,16 @@ def _ach_record(
     p: Product, reference: dict[str, Tensor], measured: dict[str, Tensor], normed: str, overlap: float | None
 ) -> AchRecord:
     set_flips = rank_flips = 0.0
-    if p.indices:
-        set_flips, rank_flips = flip_rates(reference[p.indices], measured[p.indices])
-    operands = [torch.cat((values[p.left], values[p.right])) for values in (reference, measured)]
+    if p.choice:
+        wanted, found = (chosen_indices(values[p.choice]) for values in (reference, measured))
+        set_flips, rank_flips = flip_rates(wanted, found)
     return AchRecord(
         name=p.name,
-        selection="dynamic" if p.indices else "static",
+        selection="dynamic" if p.choice else "static",
         flip_rate=set_flips,
         rank_flip_rate=rank_flips,
         train_eval_overlap=overlap,
-        operand_sqnr_db=sqnr_db(*operands),
+        operand_sqnr_db=sqnr_db(reference[p.chosen], measured[p.chosen]),
         product_sqnr_db=sqnr_db(reference[p.product], measured[p.product]),
         output_sqnr_db=sqnr_db(reference[p.normed], measured[normed]),
         mixed_max=float(reference[p.mixed].abs().max()),

@@ -10,10 +10,23 @@ from torch.fx import GraphModule
 from hadaptive_q.rewrite.fold_batch_norm import fold_batch_norm
 from hadaptive_q.rewrite.graph import trace
 from hadaptive_q.rewrite.merge_convolutions import merge_convolutions
+from hadaptive_q.rewrite.roll_pairs import roll_pairs
+from hadaptive_q.rewrite.select_by_rank import select_by_rank
 from hadaptive_q.rewrite.sink_concat import sink_concat
+from hadaptive_q.rewrite.slice_selection import slice_selection
+from hadaptive_q.rewrite.split_depthwise import split_depthwise
 
-# In this order: convolutions merge and concatenations sink once the convolutions carry their BatchNorm.
-REWRITES: tuple[Callable[[GraphModule], int], ...] = (fold_batch_norm, merge_convolutions, sink_concat)
+# In this order: concatenations sink once the convolutions carry their BatchNorm; convolutions merge and channels are
+# reordered once every depthwise convolution has its own part of them.
+REWRITES: tuple[Callable[[GraphModule], int], ...] = (
+    fold_batch_norm,
+    sink_concat,
+    merge_convolutions,
+    select_by_rank,
+    slice_selection,
+    roll_pairs,
+    split_depthwise,
+)
 
 
 def deploy_graph(model: nn.Module, image_size: int) -> GraphModule:

@@ -54,8 +54,9 @@ def _into_convolution(graph: GraphModule, conv: Node, weight: Tensor, scale: Ten
 
 
 def _as_affine(graph: GraphModule, node: Node, source: Node, scale: Tensor, shift: Tensor) -> None:
-    scale_node = add_parameter(graph, f"{node.name}_scale", scale.reshape(1, -1, 1, 1), node)
-    shift_node = add_parameter(graph, f"{node.name}_shift", shift.reshape(1, -1, 1, 1), node)
+    shape = (1, -1, *(1,) * (node.meta["val"].dim() - 2))
+    scale_node = add_parameter(graph, f"{node.name}_scale", scale.reshape(shape), node)
+    shift_node = add_parameter(graph, f"{node.name}_shift", shift.reshape(shape), node)
     with graph.graph.inserting_before(node):
         scaled = graph.graph.call_function(aten.mul.Tensor, (source, scale_node))
         shifted = graph.graph.call_function(aten.add.Tensor, (scaled, shift_node))

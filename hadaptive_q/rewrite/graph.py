@@ -45,12 +45,28 @@ def constant(graph: GraphModule, node: object) -> Tensor | None:
 
 def add_parameter(graph: GraphModule, name: str, value: Tensor, before: Node) -> Node:
     """Register `value` as a trainable parameter near `name` and return the node that reads it."""
+    unique = _unused_name(graph, name)
+    graph.register_parameter(unique, nn.Parameter(value.detach().clone(memory_format=torch.contiguous_format)))
+    return _reader(graph, unique, value, before)
+
+
+def add_buffer(graph: GraphModule, name: str, value: Tensor, before: Node) -> Node:
+    """Register `value` as a constant near `name` and return the node that reads it."""
+    unique = _unused_name(graph, name)
+    graph.register_buffer(unique, value.detach().clone())
+    return _reader(graph, unique, value, before)
+
+
+def _unused_name(graph: GraphModule, name: str) -> str:
     base = name.replace(".", "_")
     unique, count = base, 0
     while hasattr(graph, unique):
         count += 1
         unique = f"{base}_{count}"
-    graph.register_parameter(unique, nn.Parameter(value.detach().clone(memory_format=torch.contiguous_format)))
+    return unique
+
+
+def _reader(graph: GraphModule, unique: str, value: Tensor, before: Node) -> Node:
     with graph.graph.inserting_before(before):
         node = graph.graph.get_attr(unique)
     node.meta["val"] = value.detach()

@@ -1,11 +1,13 @@
 """Merge two convolutions with nothing between them into one, where that saves work.
 
-Formula: with ``y = W2 * (W1 * x + b1) + b2`` and no padding, ``W[o, i] = sum_m W2[o, m] (*) W1[m, i]`` (full
-convolution of the kernels, the second dilated by the stride of the first), stride ``s1 s2``, kernel
-``k1 + (k2 - 1) s1``, ``b[o] = b2[o] + sum W2[o, m] b1[m]``. Exact without padding: padding would meet `b1`.
+Formula: with ``y = W2 * (W1 * x + b1) + b2`` where the second has no padding, ``W[o, i] = sum_m W2[o, m] (*) W1[m, i]``
+(full convolution of the kernels, the second dilated by the stride of the first), stride ``s1 s2``, padding ``p1``,
+kernel ``k1 + (k2 - 1) s1``, ``b[o] = b2[o] + sum W2[o, m] b1[m]``. Exact, because an unpadded second convolution reads
+nothing but results of the first. Both dense, or both depthwise.
 
-In Hadaptive-Net this is the stem: its first convolution has no activation. 2x2/2 after 2x2/2 becomes one
-4x4/4, 131 M multiply-accumulates of S become 114 M, and one tensor less is quantized.
+In Hadaptive-Net these are the stem, whose first convolution has no activation (2x2/2 after 2x2/2 becomes one 4x4/4), and
+every Ghost block of stride 2 (the cheap 3x3 and the 2x2/2 after it become one 4x4/2 at a quarter of the pixels). The
+network needs fewer multiply-accumulates, and two tensors fewer are quantized.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from hadaptive_q.rewrite.graph import add_parameter, aten, calls, constant, finish
+from hadaptive_q.rewrite.split_depthwise import MAX_TAPS
 
 _DEFAULTS: tuple[Any, ...] = (None, None, None, [1, 1], [0, 0], [1, 1], 1)
 
@@ -42,15 +45,20 @@ def _settings(conv: Node) -> tuple[Any, ...]:
 def _mergeable(graph: GraphModule, first: Node, second: Node) -> bool:
     if first.target != aten.conv2d.default or len(first.users) != 1:
         return False
-    for conv in (first, second):
-        _, padding, dilation, groups = _settings(conv)
-        if list(padding) != [0, 0] or list(dilation) != [1, 1] or groups != 1:
-            return False
     w1, w2 = constant(graph, first.args[1]), constant(graph, second.args[1])
     if w1 is None or w2 is None:
         return False
+    groups = _settings(first)[3]
+    depthwise = groups == w1.shape[0] == w2.shape[0] and w1.shape[1] == w2.shape[1] == 1
+    if _settings(second)[3] != groups or not (groups == 1 or depthwise):
+        return False
+    if list(_settings(second)[1]) != [0, 0] or any(list(_settings(conv)[2]) != [1, 1] for conv in (first, second)):
+        return False
+    kernel = _kernel(w1, w2, _settings(first)[0])
+    if depthwise and kernel[0].numel() > MAX_TAPS:
+        return False
     separate = w1.numel() * _pixels(first) + w2.numel() * _pixels(second)
-    return _kernel(w1, w2, _settings(first)[0]).numel() * _pixels(second) < separate
+    return kernel.numel() * _pixels(second) < separate
 
 
 def _pixels(conv: Node) -> int:
@@ -59,7 +67,10 @@ def _pixels(conv: Node) -> int:
 
 
 def _kernel(w1: Tensor, w2: Tensor, stride: Any) -> Tensor:
-    # conv_transpose spreads each tap of the second kernel over the first: (O, M, k2, k2) -> (O, I, k, k).
+    """Return the kernel of both: conv_transpose spreads each tap of the second over the taps of the first."""
+    if w1.shape[1] == w2.shape[1] == 1 and w1.shape[0] == w2.shape[0]:
+        channels = w1.shape[0]
+        return F.conv_transpose2d(w2.transpose(0, 1), w1, stride=tuple(stride), groups=channels).transpose(0, 1)
     return F.conv_transpose2d(w2, w1, stride=tuple(stride))
 
 
@@ -68,13 +79,16 @@ def _merge(graph: GraphModule, first: Node, second: Node) -> None:
     b1, b2 = (constant(graph, conv.args[2]) if len(conv.args) > 2 else None for conv in (first, second))
     assert w1 is not None
     assert w2 is not None
-    s1, s2 = _settings(first)[0], _settings(second)[0]
+    s1, padding, dilation, groups = _settings(first)
+    s2 = _settings(second)[0]
     with torch.no_grad():
         kernel = _kernel(w1.double(), w2.double(), s1).float()
         bias = torch.zeros(w2.shape[0]) if b2 is None else b2.clone()
         if b1 is not None:
-            bias += w2.sum((2, 3)) @ b1
+            taps = w2.sum((2, 3))
+            bias += taps[:, 0] * b1 if groups > 1 else taps @ b1
     name = f"{second.args[1]}_merged"
     weight_node = add_parameter(graph, name, kernel, second)
     bias_node = add_parameter(graph, f"{name}_bias", bias, second)
-    second.args = (first.args[0], weight_node, bias_node, [a * b for a, b in zip(s1, s2, strict=True)])
+    stride = [a * b for a, b in zip(s1, s2, strict=True)]
+    second.args = (first.args[0], weight_node, bias_node, stride, list(padding), list(dilation), groups)

@@ -8,6 +8,7 @@ its products have nothing in common (sharing cost 10 to 16 dB on activations fou
 
 from __future__ import annotations
 
+from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
 from hadaptive_q.rewrite.graph import add_parameter, aten, calls, constant, finish
@@ -33,7 +34,7 @@ def _sink(graph: GraphModule, cat: Node) -> bool:
     nodes = [part for part in parts if isinstance(part, Node)]
     if user.target in _ELEMENTWISE:
         # Out of place: on the concatenation it wrote to a fresh tensor, on a part it would change other readers.
-        moved = [_repeat(graph, user, (part,), aten.hardswish.default) for part in nodes]
+        moved = [_repeat(graph, user, aten.hardswish.default, (part,)) for part in nodes]
     elif user.target == aten.conv2d.default and _is_depthwise(graph, user):
         moved = _split_depthwise(graph, user, nodes)
     else:
@@ -64,15 +65,16 @@ def _split_depthwise(graph: GraphModule, conv: Node, parts: list[Node]) -> list[
         name = f"{conv.args[1]}_{index}"
         part_weight = add_parameter(graph, name, weight[rows], conv)
         part_bias = None if bias is None else add_parameter(graph, f"{name}_bias", bias[rows], conv)
-        moved.append(_repeat(graph, conv, (part, part_weight, part_bias, *conv.args[3:6], channels)))
+        args = (part, part_weight, part_bias, *conv.args[3:6], channels)
+        moved.append(_repeat(graph, conv, aten.conv2d.default, args))
         start += channels
     return moved
 
 
-def _repeat(graph: GraphModule, node: Node, args: tuple[object, ...]) -> Node:
-    """Insert `node`'s operator on other arguments, keeping its origin and the shape of its first argument."""
+def _repeat(graph: GraphModule, node: Node, operator: OpOverload, args: tuple[object, ...]) -> Node:
+    """Insert `operator` on `args` before `node`, with `node`'s origin and the channels of the first argument."""
     with graph.graph.inserting_before(node):
-        new = graph.graph.call_function(node.target, args)  # type: ignore[arg-type]
+        new = graph.graph.call_function(operator, args)  # type: ignore[arg-type]
     new.meta = dict(node.meta)
     source = args[0]
     assert isinstance(source, Node)

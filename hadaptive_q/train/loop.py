@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
@@ -53,7 +54,7 @@ def train(model: nn.Module, data: ImageData, training: Training) -> nn.Module:
     AdamW, linear warm-up, cosine decay; norms, biases and vectors are not decayed, scalars move at a tenth.
     """
     config = training.config
-    accelerator = Accelerator(mixed_precision=_precision(config.precision))
+    accelerator = _accelerator(config.precision)
     # Set after Accelerator, which may touch the global generator.
     torch.manual_seed(training.seed)
     batches = max(1, len(data.train) // config.batch_size)
@@ -99,7 +100,18 @@ def train(model: nn.Module, data: ImageData, training: Training) -> nn.Module:
         for name, parameter in model.named_parameters():
             if name in average:
                 parameter.copy_(average[name])
+    _unprepare(model)
     return model.cpu()
+
+
+def _unprepare(model: nn.Module) -> None:
+    """Undo what Accelerator did to the model itself.
+
+    In mixed precision it hangs an autocasting `forward` on the instance: traced later, it would hide the network
+    in an autocast region, and recompiled later, a graph would go on running the old code.
+    """
+    for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
+        model.__dict__.pop(name, None)
 
 
 def discard_state(training: Training) -> None:
@@ -140,6 +152,11 @@ def _cross_entropy(label_smoothing: float) -> Loss:
         return F.cross_entropy(model(inputs), labels, label_smoothing=label_smoothing)
 
     return loss
+
+
+def _accelerator(precision: str) -> Accelerator:
+    AcceleratorState._reset_state()  # the precision of an earlier training in this process would stick
+    return Accelerator(mixed_precision=_precision(precision))
 
 
 def _precision(name: str) -> str:

@@ -11,6 +11,12 @@ import torch
 from hadaptive_q.atomic import write_with
 from hadaptive_q.errors import UserError
 
+# What `torch.load` raises for a damaged or foreign file.
+_UNREADABLE = (
+    *(pickle.UnpicklingError, RuntimeError, EOFError, OSError),
+    *(ValueError, LookupError, AttributeError, TypeError),
+)
+
 
 def save_state(path: Path, key: str, state: dict[str, Any]) -> None:
     """Write `state`, marked with `key`: what the training is made of, so that another one does not continue it."""
@@ -26,7 +32,7 @@ def load_state(path: Path, key: str) -> dict[str, Any] | None:
         return None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError, TypeError) as error:
+    except _UNREADABLE as error:
         raise UserError(
             str(path), "a damaged training state", "the state of an interrupted run", "delete it"
         ) from error

@@ -1,0 +1,149 @@
+"""Every kind of image a folder may hold decodes to upright RGB of one size; what does not is named."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hadaptive_q.data import image_file
+from hadaptive_q.data.image_file import check_header, decode
+from hadaptive_q.errors import UserError
+
+
+def encoded(image: Image.Image, form: str = "PNG", **options: Any) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, form, **options)
+    return stream.getvalue()
+
+
+def ramp(dtype: type = np.uint8, top: int = 255) -> np.ndarray:
+    """A 32 x 32 image that rises from 0 on the left to `top` on the right."""
+    return np.broadcast_to(np.linspace(0, top, 32).round().astype(dtype), (32, 32)).copy()
+
+
+RAMP = torch.from_numpy(ramp())
+SIXTEEN = ramp(np.uint16, 65535)
+
+
+@pytest.mark.parametrize(
+    ("data", "codes"),
+    [
+        (encoded(Image.fromarray(ramp())), 0),
+        (encoded(Image.fromarray(ramp()).convert("RGB")), 0),
+        (encoded(Image.fromarray(ramp()).convert("RGBA")), 0),
+        (encoded(Image.fromarray(ramp()).convert("LA")), 0),
+        (encoded(Image.fromarray(ramp()).convert("P")), 0),
+        (encoded(Image.fromarray(ramp()).convert("CMYK"), "TIFF"), 0),
+        (encoded(Image.fromarray(ramp()).convert("CMYK"), "JPEG", quality=95), 4),
+        (encoded(Image.fromarray(ramp()).convert("YCbCr"), "JPEG", quality=95), 4),
+        (encoded(Image.fromarray(ramp()), "GIF"), 0),
+        (encoded(Image.fromarray(ramp()), "BMP"), 0),
+        (encoded(Image.fromarray(ramp()), "WEBP", lossless=True), 0),
+        (encoded(Image.fromarray(SIXTEEN)), 0),
+        (encoded(Image.fromarray(SIXTEEN), "TIFF"), 0),
+        (encoded(Image.fromarray(SIXTEEN.astype(np.int32)), "TIFF"), 0),
+        (b"P5 32 32 65535\n" + SIXTEEN.byteswap().tobytes(), 0),
+    ],
+    ids=(
+        *("gray", "RGB", "RGBA", "gray+alpha", "palette", "CMYK TIFF", "CMYK JPEG", "JPEG", "GIF", "BMP", "WebP"),
+        *("16-bit PNG", "16-bit TIFF", "32-bit TIFF", "16-bit PGM"),
+    ),
+)
+def test_every_kind_of_image_becomes_eight_bit_rgb(data: bytes, codes: int) -> None:
+    image = decode(data, 32, "here")
+    assert (image.dtype, tuple(image.shape)) == (torch.uint8, (3, 32, 32))
+    assert image.is_contiguous()
+    for channel in image:
+        assert int((channel.int() - RAMP.int()).abs().max()) <= codes  # lossy forms may miss by a few codes
+
+
+def test_one_bit_images_become_black_and_white() -> None:
+    image = decode(encoded(Image.fromarray(ramp()).point(lambda v: 255 * (v > 127)).convert("1")), 32, "here")
+    assert image.unique().tolist() == [0, 255]
+    assert torch.equal(image[0] > 0, RAMP > 127)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_are_turned_as_their_camera_held_them(orientation: int) -> None:
+    upright = np.zeros((32, 32, 3), np.uint8)
+    upright[:16, :16] = (255, 0, 0)  # red at the top left,
+    upright[16:, :16] = (0, 255, 0)  # green below it
+    # How the sensor saw it, by EXIF: the inverse of the turn that makes it upright.
+    seen = {
+        1: upright,
+        2: np.fliplr(upright),
+        3: np.rot90(upright, 2),
+        4: np.flipud(upright),
+        5: np.transpose(upright, (1, 0, 2)),
+        6: np.rot90(upright, 1),
+        7: np.rot90(np.transpose(upright, (1, 0, 2)), 2),
+        8: np.rot90(upright, -1),
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = decode(encoded(Image.fromarray(np.ascontiguousarray(seen)), "PNG", exif=exif), 32, "here")
+    assert image[:, 8, 8].tolist() == [255, 0, 0]
+    assert image[:, 24, 8].tolist() == [0, 255, 0]
+    assert image[:, 8, 24].tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(("width", "height"), [(64, 32), (32, 64), (320, 32)])
+def test_the_centre_is_cropped_without_distortion(width: int, height: int) -> None:
+    pixels = np.zeros((height, width), np.uint8)
+    pixels[(height - 32) // 2 :, (width - 32) // 2 :][:32, :32] = 200
+    image = decode(encoded(Image.fromarray(pixels)), 32, "here")
+    assert image.unique().tolist() == [200]
+
+
+@pytest.mark.parametrize("size", [1, 7, 224])
+def test_any_image_is_resized_to_the_wanted_size(size: int) -> None:
+    assert decode(encoded(Image.new("L", (1, 50), 90)), size, "here").unique().tolist() == [90]
+    assert decode(encoded(Image.fromarray(ramp())), size, "here").shape == (3, size, size)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"not an image",
+        encoded(Image.fromarray(ramp()))[:60],
+        encoded(Image.fromarray(ramp()), "JPEG")[:200],
+        b"GIF89a",
+        b"P5 32 32 255\n" + b"x" * 5,
+    ],
+    ids=["empty", "text", "PNG cut", "JPEG cut", "GIF head", "PGM cut"],
+)
+def test_what_cannot_be_decoded_is_named(data: bytes) -> None:
+    with pytest.raises(UserError, match=r"^here: got '.+'; expected an image that Pillow can read; remove or replace"):
+        decode(data, 32, "here")
+
+
+@pytest.mark.parametrize("limit", [100, 600])
+def test_decompression_bombs_are_refused(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encoded(Image.fromarray(ramp()))  # 1,024 pixels: above twice the first limit, below twice the second
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    with pytest.raises(UserError, match="here: got '.*decompression bomb"):
+        decode(data, 32, "here")
+
+
+def test_check_header_reads_the_kind_and_not_the_pixels(tmp_path: Path) -> None:
+    good, cut, text = tmp_path / "good.png", tmp_path / "cut.png", tmp_path / "text.png"
+    good.write_bytes(encoded(Image.fromarray(ramp())))
+    cut.write_bytes(good.read_bytes()[:60])
+    text.write_text("not an image")
+    check_header(good)
+    check_header(cut)
+    with pytest.raises(UserError, match=r"text\.png: got '.*'; expected an image"):
+        check_header(text)
+    with pytest.raises(UserError, match=r"missing\.png: got"):
+        check_header(tmp_path / "missing.png")
+
+
+def test_errors_without_text_are_named_by_their_kind() -> None:
+    assert image_file._reason(OSError()) == "'OSError'"

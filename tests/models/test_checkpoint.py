@@ -1,0 +1,194 @@
+"""Weights survive writing and reading; whatever else lies in their place is answered with one line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from hadaptive_q.errors import UserError
+from hadaptive_q.models.checkpoint import load_model, read_training_key, save_model
+from hadaptive_q.models.config import Preprocess
+from hadaptive_q.models.hadaptive_net import HadaptiveNet
+
+PREPROCESS = Preprocess(image_size=32, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7), classes=("ä", "b c", "/"))
+
+
+@pytest.fixture
+def saved(nano: HadaptiveNet, tmp_path: Path) -> Path:
+    save_model(nano, tmp_path / "model.safetensors", "what it was trained from")
+    return tmp_path / "model.safetensors"
+
+
+def change_tensors(path: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def change_config(path: Path, change: Callable[[dict[str, object]], object]) -> None:
+    config = json.loads(path.with_suffix(".json").read_text())
+    change(config)
+    path.with_suffix(".json").write_text(json.dumps(config))
+
+
+def test_a_saved_model_comes_back(nano: HadaptiveNet, inputs: Tensor, tmp_path: Path) -> None:
+    nano.preprocess = PREPROCESS
+    path = tmp_path / "a b" / "mödel.safetensors"
+    path.parent.mkdir()
+    save_model(nano, path)
+    assert {p.name for p in path.parent.iterdir()} == {"mödel.safetensors", "mödel.json"}
+
+    loaded = load_model(path)
+    assert (loaded.config, loaded.preprocess) == (nano.config, PREPROCESS)
+    assert not loaded.training
+    with torch.no_grad():
+        assert torch.equal(loaded(inputs), nano(inputs))
+
+
+def test_a_folder_stands_for_its_model(saved: Path, nano: HadaptiveNet, inputs: Tensor) -> None:
+    with torch.no_grad():
+        assert torch.equal(load_model(saved.parent)(inputs), nano(inputs))
+        assert torch.equal(load_model(str(saved.parent))(inputs), nano(inputs))
+
+
+def test_a_model_under_training_is_saved_as_it_is(nano: HadaptiveNet, tmp_path: Path) -> None:
+    nano.train()(torch.randn(4, 3, 32, 32)).sum().backward()
+    save_model(nano, tmp_path / "model.safetensors")
+    loaded = load_model(tmp_path)
+    scorer, wanted = (dict(model.ach_modules())["blocks.2.expansion"].scorer for model in (loaded, nano))
+    assert torch.equal(scorer.gradient_norm, wanted.gradient_norm)
+    assert scorer.gradient_norm > 0
+    assert not scorer.gradient_norm.requires_grad
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_half_precision_is_widened(half: torch.dtype, saved: Path, nano: HadaptiveNet) -> None:
+    original = load_file(saved)
+    save_file({n: t.to(half) if t.is_floating_point() else t for n, t in original.items()}, saved)
+    loaded = load_model(saved)
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+    assert loaded.blocks[0].projection.bn.num_batches_tracked.dtype == torch.int64
+    for name, parameter in loaded.named_parameters():
+        assert torch.equal(parameter.detach(), original[name].to(half).float()), name
+
+
+def test_training_key_tells_where_weights_come_from(saved: Path, nano: HadaptiveNet) -> None:
+    assert read_training_key(saved) == "what it was trained from"
+    save_model(nano, saved)
+    assert read_training_key(saved) is None
+    saved.with_suffix(".json").unlink()
+    assert read_training_key(saved) is None
+    saved.unlink()
+    assert read_training_key(saved) is None
+
+
+def test_a_configuration_never_stands_beside_weights_of_another_run(
+    saved: Path, nano: HadaptiveNet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_space(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("hadaptive_q.models.checkpoint.save_file", no_space)
+    with pytest.raises(OSError, match="no space"):
+        save_model(nano, saved, "another run")
+    assert read_training_key(saved) is None
+
+
+def test_weights_hold_tensors_only_and_share_none(saved: Path, nano: HadaptiveNet) -> None:
+    tensors = load_file(saved)
+    assert tensors.keys() == nano.state_dict().keys()
+    assert not any("pair_" in name or "noise" in name for name in tensors)
+
+
+# What is wrong, how it is made, and what the message says about it.
+DAMAGE: list[tuple[str, Callable[[Path], object], str]] = [
+    ("no file", lambda p: p.unlink(), "got no such file; expected a .safetensors file, its folder, or a .pt file"),
+    ("no json", lambda p: p.with_suffix(".json").unlink(), "got no model.json beside it"),
+    ("truncated", lambda p: p.write_bytes(p.read_bytes()[:-100]), "expected a whole safetensors file"),
+    ("header cut", lambda p: p.write_bytes(p.read_bytes()[:50]), "expected a whole safetensors file"),
+    ("empty", lambda p: p.write_bytes(b""), "expected a whole safetensors file"),
+    ("not safetensors", lambda p: p.write_bytes(b"\x80\x04}." * 99), "expected a whole safetensors file"),
+    ("json cut", lambda p: p.with_suffix(".json").write_text('{"format": 1, "mo'), "expected the JSON written with"),
+    ("json binary", lambda p: p.with_suffix(".json").write_bytes(b"\xff\xfe\x00"), "expected the JSON written with"),
+    ("json list", lambda p: p.with_suffix(".json").write_text("[]"), "model.json"),
+    ("json foreign", lambda p: p.with_suffix(".json").write_text('{"hidden_size": 8}'), "model.json, model"),
+    ("unknown key", lambda p: change_config(p, lambda c: c.update(extra=1)), "model.json, extra: got 1"),
+    (
+        "impossible shape",
+        lambda p: change_config(p, lambda c: c["model"]["blocks"][2].update(cs=99)),
+        "'cs must lie in [2, 16], got 99'",
+    ),
+    ("cs 1", lambda p: change_config(p, lambda c: c["model"]["blocks"][2].update(cs=1)), "cs >= 2"),
+    (
+        "other classes",
+        lambda p: change_config(p, lambda c: c["model"].update(num_classes=11)),
+        "head.classifier.bias: got shape (10,); expected (11,)",
+    ),
+    (
+        "missing tensor",
+        lambda p: change_tensors(p, lambda t: t.pop("tail.conv.weight")),
+        "got 1 tensors missing, 0 unknown (such as tail.conv.weight)",
+    ),
+    (
+        "unknown tensor",
+        lambda p: change_tensors(p, lambda t: t.update(extra=torch.zeros(1))),
+        "got 0 tensors missing, 1 unknown (such as extra)",
+    ),
+    (
+        "wrong shape",
+        lambda p: change_tensors(p, lambda t: t.update({"tail.conv.weight": torch.zeros(40, 24)})),
+        "tail.conv.weight: got shape (40, 24); expected (40, 24, 1, 1)",
+    ),
+    *(
+        (
+            f"NaN in {name}",
+            lambda p, name=name: change_tensors(p, lambda t: t[name].view(-1)[:1].fill_(float("nan"))),
+            f"{name}: got NaN or infinity",
+        )
+        for name in (
+            "tail.conv.weight",
+            "blocks.2.expansion.norm.alpha",
+            "blocks.3.expansion.norm.running_var",
+            "blocks.2.expansion.scorer.tau",
+        )
+    ),
+    (
+        "infinity",
+        lambda p: change_tensors(p, lambda t: t["head.hidden.bias"][0].fill_(float("-inf"))),
+        "head.hidden.bias: got NaN or infinity",
+    ),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), [case[1:] for case in DAMAGE], ids=[case[0] for case in DAMAGE])
+def test_what_is_not_a_checkpoint_is_refused(damage: Callable[[Path], object], message: str, saved: Path) -> None:
+    damage(saved)
+    with pytest.raises(UserError) as caught:
+        load_model(saved)
+    assert str(caught.value).startswith(f"checkpoint {saved.parent}")
+    assert message in str(caught.value)
+
+
+def test_steps_of_the_temperature_that_were_never_taken_are_no_damage(saved: Path) -> None:
+    assert load_file(saved)["blocks.2.expansion.scorer.gradient_norm"].isnan()
+    load_model(saved)
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"model\.safetensors: got no such file"):
+        load_model(tmp_path)
+
+
+def test_weights_of_another_variant_are_refused(saved: Path, make_nano: Callable[..., HadaptiveNet]) -> None:
+    other = saved.parent / "other.safetensors"
+    save_model(make_nano(hidden=50), other)
+    shutil.copy(other, saved)
+    with pytest.raises(UserError, match=r"head\.classifier\.weight: got shape \(10, 50\); expected \(10, 48\)"):
+        load_model(saved)
