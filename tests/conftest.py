@@ -1,8 +1,9 @@
-"""Shared fixtures: golden vectors, small data, a nano network that behaves like a trained one, its deploy graph."""
+"""Shared fixtures: golden vectors, small data, a nano network that has learnt it, its deploy graph."""
 
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import tempfile
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from hadaptive_q.data.transforms import normalise
 from hadaptive_q.models.ach import DySoft
 from hadaptive_q.models.hadaptive_net import HadaptiveNet, create_model
 from hadaptive_q.rewrite.deploy import deploy_graph
+from hadaptive_q.rewrite.freeze_selection import freeze_selection
 from hadaptive_q.rewrite.graph import trace
 
 # Tensors here are tiny: threads that wait for each other on a busy machine took 170 times as long as the work.
@@ -61,8 +63,8 @@ def inputs(few_digits: ImageData) -> Tensor:
     return normalise(torch.stack([few_digits.val[i][0] for i in range(32)]), few_digits.preprocess)
 
 
-def _as_if_trained(model: HadaptiveNet, images: Tensor) -> HadaptiveNet:
-    """Give every norm parameters away from 1 and 0, and every BatchNorm the statistics it meets on `images`."""
+def _train(model: HadaptiveNet, data: ImageData) -> HadaptiveNet:
+    """Give every norm parameters away from 1 and 0, then learn the images: a second on one core."""
     generator = torch.Generator().manual_seed(1)
 
     def draw(parameter: Tensor, low: float, high: float) -> None:
@@ -74,55 +76,74 @@ def _as_if_trained(model: HadaptiveNet, images: Tensor) -> HadaptiveNet:
             draw(module.bias, -0.3, 0.3)
         if isinstance(module, DySoft):
             draw(module.alpha, 0.3, 0.6)
+    for _, ach in model.ach_modules():
+        ach.noise.zero_()
     model.train()
+    inputs = normalise(torch.stack([data.train[i][0] for i in range(len(data.train))]), data.preprocess)
+    labels = torch.tensor([data.train[i][1] for i in range(len(data.train))])
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.005)
+    for _ in range(60):
+        rows = torch.randperm(len(labels), generator=generator)[:32]
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(inputs[rows]), labels[rows]).backward()
+        optimizer.step()
     with torch.no_grad():
-        for _ in range(30):  # running statistics keep 0.9^30 = 4 % of their start
-            model(images)
+        for _ in range(20):  # statistics of these weights, not of the ones on the way: 0.9^20 = 12 % are left
+            model(inputs)
     return model.eval()
 
 
 @pytest.fixture(scope="session")
-def make_nano(inputs: Tensor) -> Callable[..., HadaptiveNet]:
-    """Return a function that builds a nano network of 10 classes, as if trained, always the same one."""
+def make_nano(few_digits: ImageData, inputs: Tensor) -> Callable[..., HadaptiveNet]:
+    """Return a function that gives a nano network that knows 96 digits; it may be changed.
 
-    def make(**overrides: object) -> HadaptiveNet:
+    `selection` is "rank" or "channel" (per sample, slots in that order), or "static".
+    """
+
+    @functools.cache
+    def trained(slot_order: str) -> HadaptiveNet:
         torch.manual_seed(0)
-        return _as_if_trained(create_model("hadaptive_net_nano", 10, **overrides), inputs)
+        return _train(create_model("hadaptive_net_nano", 10, slot_order=slot_order), few_digits)
+
+    def make(selection: str = "rank") -> HadaptiveNet:
+        model = copy.deepcopy(trained("rank" if selection == "static" else selection))
+        if selection == "static":
+            freeze_selection(model, [inputs])
+        return model
 
     return make
 
 
 @pytest.fixture(scope="session")
-def _nano(make_nano: Callable[..., HadaptiveNet]) -> HadaptiveNet:
+def make_graph(make_nano: Callable[..., HadaptiveNet]) -> Callable[..., GraphModule]:
+    """Return a function that gives the graph of `make_nano(selection)`, as traced or deployed; it may be changed."""
+
+    @functools.cache
+    def made(form: Callable[[HadaptiveNet, int], GraphModule], selection: str) -> GraphModule:
+        return form(make_nano(selection), IMAGE_SIZE)
+
+    def make(form: Callable[[HadaptiveNet, int], GraphModule], selection: str = "rank") -> GraphModule:
+        return copy.deepcopy(made(form, selection))
+
+    return make
+
+
+@pytest.fixture
+def nano(make_nano: Callable[..., HadaptiveNet]) -> HadaptiveNet:
+    """A nano network in eval mode; the test may change it."""
     return make_nano()
 
 
-@pytest.fixture(scope="session")
-def _traced(_nano: HadaptiveNet) -> GraphModule:
-    return trace(_nano, IMAGE_SIZE)
-
-
-@pytest.fixture(scope="session")
-def _deployed(_nano: HadaptiveNet) -> GraphModule:
-    return deploy_graph(_nano, IMAGE_SIZE)
-
-
 @pytest.fixture
-def nano(_nano: HadaptiveNet) -> HadaptiveNet:
-    """A nano network in eval mode; the test may change it."""
-    return copy.deepcopy(_nano)
-
-
-@pytest.fixture
-def nano_traced(_traced: GraphModule) -> GraphModule:
+def nano_traced(make_graph: Callable[..., GraphModule]) -> GraphModule:
     """The graph of `nano` before any rewrite; the test may change it."""
-    return copy.deepcopy(_traced)
+    return make_graph(trace)
 
 
 @pytest.fixture
-def nano_graph(_deployed: GraphModule) -> GraphModule:
+def nano_graph(make_graph: Callable[..., GraphModule]) -> GraphModule:
     """`nano` in deploy form; the test may change it."""
-    return copy.deepcopy(_deployed)
+    return make_graph(deploy_graph)
 
 
 @pytest.fixture(scope="session")

@@ -99,10 +99,8 @@ class ActivationFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
             return x
         if self.follow and torch.is_grad_enabled():
             self._follow(x)
-        scale = self.scale
-        if scale.requires_grad:
-            # The optimizer may step below the smallest scale; what is used is what would be written.
-            scale = scale.clamp_min(SMALLEST_SCALE)
+        # The optimizer may have stepped below the smallest scale; what is used is what would be written.
+        scale = self.scale.clamp_min(SMALLEST_SCALE)
         out: Tensor = _FakeQuantizePerTensor.apply(x, scale, self.zero_point, self.quant_min, self.quant_max)
         return out
 
@@ -121,7 +119,8 @@ class ActivationFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
         scale = ((self.high - self.low) / (self.quant_max - self.quant_min)).clamp_min(SMALLEST_SCALE)
         zero_point = (self.quant_min - self.low / scale).round().clamp(self.quant_min, self.quant_max)
         self.scale.copy_(scale.reshape(1))
-        self.zero_point.copy_(zero_point.reshape(1).to(torch.int32))
+        # A new tensor: parts that share a scale come by once each, and the first one's is kept for its gradient.
+        self.zero_point = zero_point.reshape(1).to(torch.int32)
 
 
 class PerChannelWeightFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]

@@ -18,7 +18,8 @@ from hadaptive_q.recipe import QuantizeConfig
 from hadaptive_q.rewrite.graph import aten, constant
 
 WEIGHTED = (aten.conv2d.default, aten.linear.default)
-VIEWS = (aten.flatten.using_ints, aten.dropout.default, aten.view.default, aten.reshape.default)
+# Other views (space to depth, the reshapes of a selection) carry floats: what a layer reads is quantized behind them.
+VIEWS = (aten.flatten.using_ints, aten.dropout.default)
 
 
 @dataclass(frozen=True)

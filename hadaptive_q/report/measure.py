@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from hadaptive_q.lower.parity import sqnr_db
 from hadaptive_q.models.ach import ACH
+from hadaptive_q.models.cross_hadamard import CrossHadamard
 from hadaptive_q.models.hadaptive_net import HadaptiveNet
 from hadaptive_q.quant.program import QuantizedProgram
 from hadaptive_q.report.record import AchRecord, Latency, LayerRecord
@@ -86,7 +87,7 @@ def measure_ach(
     """Compare operands, products, norms and selections of every ACH with float on the same inputs."""
     products = find_products(deploy)
     readers = _dequantized(program)
-    names = {n for p in products for n in (p.mixed, p.chosen, p.product, p.normed, p.choice) if n}
+    names = {n for p in products for n in (p.mixed, p.chosen, p.normed, p.choice) if n}
     reference = record(deploy, inputs, names)
     measured = record(program.graph, inputs, names | {readers[p.normed].name for p in products})
     return [_ach_record(p, reference, measured, readers[p.normed].name, overlaps.get(p.name)) for p in products]
@@ -99,6 +100,7 @@ def _ach_record(
     if p.choice:
         wanted, found = (chosen_indices(values[p.choice]) for values in (reference, measured))
         set_flips, rank_flips = flip_rates(wanted, found)
+    products = [CrossHadamard.apply(values[p.chosen]) for values in (reference, measured)]
     return AchRecord(
         name=p.name,
         selection="dynamic" if p.choice else "static",
@@ -106,10 +108,10 @@ def _ach_record(
         rank_flip_rate=rank_flips,
         train_eval_overlap=overlap,
         operand_sqnr_db=sqnr_db(reference[p.chosen], measured[p.chosen]),
-        product_sqnr_db=sqnr_db(reference[p.product], measured[p.product]),
+        product_sqnr_db=sqnr_db(*products),
         output_sqnr_db=sqnr_db(reference[p.normed], measured[normed]),
         mixed_max=float(reference[p.mixed].abs().max()),
-        product_max=float(reference[p.product].abs().max()),
+        product_max=float(products[0].abs().max()),
         normed_max=float(reference[p.normed].abs().max()),
     )
 

@@ -8,8 +8,10 @@ from torch import nn
 from torch.fx import GraphModule
 
 from hadaptive_q.rewrite.fold_batch_norm import fold_batch_norm
+from hadaptive_q.rewrite.fold_dysoft import fold_dysoft
 from hadaptive_q.rewrite.graph import trace
 from hadaptive_q.rewrite.merge_convolutions import merge_convolutions
+from hadaptive_q.rewrite.patchify import patchify
 from hadaptive_q.rewrite.roll_pairs import roll_pairs
 from hadaptive_q.rewrite.select_by_rank import select_by_rank
 from hadaptive_q.rewrite.sink_concat import sink_concat
@@ -22,8 +24,10 @@ REWRITES: tuple[Callable[[GraphModule], int], ...] = (
     fold_batch_norm,
     sink_concat,
     merge_convolutions,
+    patchify,
     select_by_rank,
     slice_selection,
+    fold_dysoft,
     roll_pairs,
     split_depthwise,
 )

@@ -28,7 +28,8 @@ class Selection:
 class Product:
     """The tensors of one ACH, by node name.
 
-    `mixed` is X~ (B, C, H, W); `chosen` Z (B, Cs, H, W); `product` Q and `normed` norm(Q), (B, E, H, W);
+    `mixed` is X~ (B, C, H, W); `chosen` Z (B, Cs, H, W), whose pairwise products are Q; `normed` norm(Q) up to a
+    gain per slot, (B, E, H, W), in whatever order of slots;
     `choice` the per-sample choice as indices (B, Cs) or one-hot columns (B, C, Cs), or None
     where the selection is frozen.
     """
@@ -36,7 +37,6 @@ class Product:
     name: str
     mixed: str
     chosen: str
-    product: str
     normed: str
     choice: str | None
 
@@ -47,16 +47,19 @@ def find_products(graph: GraphModule) -> list[Product]:
     for node in calls(graph, aten.mul.Tensor, aten.cat.default):
         z = _indexed_operand(node) if node.target == aten.mul.Tensor else _rolled_operand(node)
         if z is not None:
+            z = _unscaled(z)
             mixed, choice = _source(z)
             name = module_path(node).removesuffix(".norm")
-            found.append(Product(name, mixed.name, z.name, node.name, _last_of_norm(node).name, choice))
+            found.append(Product(name, mixed.name, z.name, _last_of_norm(node).name, choice))
     return found
 
 
 def _indexed_operand(mul: Node) -> Node | None:
     """Return `Z` of ``Z[:, i] * Z[:, j]``."""
-    sources = {a.args[0] for a in mul.args if isinstance(a, Node) and a.target == aten.index.Tensor}
-    return sources.pop() if len(sources) == 1 else None  # type: ignore[return-value]
+    operands = [a for a in mul.args if isinstance(a, Node) and a.target == aten.index.Tensor]
+    if len(operands) != 2 or operands[0].args[0] is not operands[1].args[0]:
+        return None
+    return _first_input(operands[0])
 
 
 def _rolled_operand(cat: Node) -> Node | None:
@@ -112,6 +115,11 @@ def _source(chosen: Node) -> tuple[Node, str | None]:
     if behind.target in (aten.index.Tensor, aten.slice.Tensor):
         return _first_input(behind), None
     return chosen, None
+
+
+def _unscaled(z: Node) -> Node:
+    """Return the choice itself behind the factor that DySoft's slope puts on it."""
+    return _first_input(z) if z.target == aten.mul.Tensor else z
 
 
 def _behind_views(node: Node) -> Node:

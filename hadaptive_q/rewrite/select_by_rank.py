@@ -56,19 +56,21 @@ class _Builder:
         _, channels, height, width = mixed.meta["val"].shape
         # An exact tie would pass a gradient of 2^60 in QAT; the choice has none.
         scores = self.call(aten.detach.default, scores)
+        # [c' < c] from two small vectors: as a constant matrix it would be a tenth of an int8 file.
         index = torch.arange(channels, dtype=torch.float32)
-        lower = (index[None, :] < index[:, None]).float()[None]  # (1, c, c'): c' < c
+        lower = self._unit(
+            self.call(aten.sub.Tensor, self.buffer("row", index[None, :, None]), self.buffer("column", index[None, None]))
+        )
         across = self.call(aten.view.default, scores, [-1, 1, channels])
         down = self.call(aten.view.default, scores, [-1, channels, 1])
         ahead = self.call(aten.mul.Tensor, self.call(aten.sub.Tensor, across, down), BIG)
-        lower_node = self.buffer("lower", lower)
-        before = self._unit(self.call(aten.add.Tensor, ahead, lower_node))
+        before = self._unit(self.call(aten.add.Tensor, ahead, lower))
         ones = self.buffer("ones", torch.ones(1, channels))
         rank = self.call(aten.linear.default, before, ones)  # (B, C, 1)
         if channel_order:
             is_chosen = self._unit(self._minus(float(cs), rank))
             earlier = self.call(aten.view.default, is_chosen, [-1, 1, channels])
-            position = self.call(aten.linear.default, self.call(aten.mul.Tensor, earlier, lower_node), ones)
+            position = self.call(aten.linear.default, self.call(aten.mul.Tensor, earlier, lower), ones)
         else:
             is_chosen, position = None, rank
         slots = self.buffer("slots", torch.arange(cs, dtype=torch.float32)[None, None])

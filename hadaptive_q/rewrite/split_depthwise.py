@@ -4,7 +4,8 @@ XNNPACK's depthwise kernels cover up to 25 taps; beyond, a 7x7 falls to a groupe
 group, at thirty times the cost. The rows (and, where needed, columns) of the kernel are dealt into sets that are
 symmetric about the centre and evenly spaced, such as {0, 3, 6}, {1, 5}, {2, 4}: each is a smaller convolution with a
 dilation and a symmetric padding of its own, so the sum needs no slice and no padding operator. Exact up to the order of
-summation, for every kernel size, stride and padding with an odd kernel.
+summation, for every odd kernel and every stride. A convolution padded by less than the first place of one of its sets
+would need to read a part of its input only, and stays whole.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch.fx import GraphModule, Node
 from hadaptive_q.rewrite.graph import add_parameter, aten, calls, constant, finish
 
 MAX_TAPS = 25
+_DEFAULTS = (None, None, None, [1, 1], [0, 0], [1, 1], 1)
 
 
 def split_depthwise(graph: GraphModule) -> int:
@@ -23,11 +25,14 @@ def split_depthwise(graph: GraphModule) -> int:
     count = 0
     for conv in calls(graph, aten.conv2d.default):
         weight = constant(graph, conv.args[1])
-        stride, padding, dilation, groups = (*conv.args, *(None, [1, 1], [0, 0], [1, 1], 1)[len(conv.args) - 2 :])[3:7]
+        settings: tuple[Any, ...] = (*conv.args, *_DEFAULTS[len(conv.args) :])
+        stride, padding, dilation, groups = settings[3:7]
         if weight is None or weight.shape[1] != 1 or groups != weight.shape[0] or list(dilation) != [1, 1]:
             continue
         height, width = weight.shape[2:]
         if height * width <= MAX_TAPS or height % 2 == 0 or width % 2 == 0:
+            continue
+        if any(padding[0] < rows[0] or padding[1] < columns[0] for rows, columns in _sets(height, width)):
             continue
         _split(graph, conv, stride, padding)
         count += 1

@@ -78,7 +78,10 @@ def test_batches_are_the_chosen_samples_as_network_inputs(batch_size: int, few_d
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"source": "glyphs", "count": 5}, "got data digits; expected data glyphs; choose another calibration.manifest"),
+        (
+            {"source": "glyphs", "count": 5},
+            "got data digits; expected data glyphs; choose another calibration.manifest",
+        ),
         ({"source": "digits", "count": 97}, "got count 97; expected at most 96, the size of the train split"),
         ({"source": "digits", "split": "val", "count": 49}, "expected at most 48, the size of the val split"),
         ({"source": "digits", "indices": (0, 96)}, "got index 96; expected below 96, the size of the train split"),
@@ -126,7 +129,9 @@ def test_a_wrong_manifest_is_explained(text: str, message: str, few_digits: Imag
 
 
 def test_an_unknown_manifest_is_answered_with_the_known_ones(few_digits: ImageData) -> None:
-    with pytest.raises(UserError, match=r"calibration\.manifest digit: got no such manifest; expected auto, digits") as e:
+    with pytest.raises(
+        UserError, match=r"calibration\.manifest digit: got no such manifest; expected auto, digits"
+    ) as e:
         find_manifest("digit", few_digits)
     assert "did you mean 'digits'?" in str(e.value)
 

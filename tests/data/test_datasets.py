@@ -91,7 +91,11 @@ def test_held_out_leaves_the_only_sample_of_a_class_to_training() -> None:
 
 @pytest.mark.parametrize(
     ("name", "hint"),
-    [("digit", "did you mean 'digits'?"), ("glyhps", "did you mean 'glyphs'?"), ("./nowhere/at/all", "existing folder")],
+    [
+        ("digit", "did you mean 'digits'?"),
+        ("glyhps", "did you mean 'glyphs'?"),
+        ("./nowhere/at/all", "existing folder"),
+    ],
 )
 def test_unknown_data_is_answered_with_what_exists(name: str, hint: str) -> None:
     with pytest.raises(UserError) as caught:

@@ -122,7 +122,9 @@ def test_a_validation_split_with_other_columns_is_refused(tmp_path: Path) -> Non
         open_data(f"hf:{tmp_path}")
 
 
-@pytest.mark.parametrize("content", [{"bytes": b"not an image", "path": None}, {"bytes": png(3)[:50], "path": None}, None])
+@pytest.mark.parametrize(
+    "content", [{"bytes": b"not an image", "path": None}, {"bytes": png(3)[:50], "path": None}, None]
+)
 def test_an_image_that_cannot_be_decoded_is_named_by_its_row(content: object, tmp_path: Path) -> None:
     images = [{"bytes": png(s), "path": None} for s in range(10)]
     path = write_images(tmp_path / "x.parquet", picture=[*images[:9], content])

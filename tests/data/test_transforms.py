@@ -47,7 +47,9 @@ def test_augmentation_of_nothing_is_normalisation() -> None:
     torch.testing.assert_close(augment(images()), normalise(images(), PREPROCESS), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(("wanted", "sound", "mirrors"), [(True, True, True), (True, False, False), (False, True, False)])
+@pytest.mark.parametrize(
+    ("wanted", "sound", "mirrors"), [(True, True, True), (True, False, False), (False, True, False)]
+)
 def test_images_are_mirrored_where_recipe_and_data_allow_it(wanted: bool, sound: bool, mirrors: bool) -> None:
     torch.manual_seed(0)
     config = NONE.model_copy(update={"mirror": wanted})
@@ -89,9 +91,7 @@ def test_what_is_moved_in_is_the_border() -> None:
     assert float((y - normalise(flat, PREPROCESS)).abs().max()) < 0.1 * CODE
 
 
-@pytest.mark.parametrize(
-    ("field", "value"), [("degrees", 30.0), ("translate", 0.3), ("scale", 0.3)]
-)
+@pytest.mark.parametrize(("field", "value"), [("degrees", 30.0), ("translate", 0.3), ("scale", 0.3)])
 def test_every_change_alone_changes_images(field: str, value: float) -> None:
     torch.manual_seed(0)
     y = Augment(NONE.model_copy(update={field: value}), PREPROCESS, mirror=False)(images())

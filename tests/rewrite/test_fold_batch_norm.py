@@ -31,7 +31,9 @@ def folded(model: nn.Module) -> tuple[GraphModule, int]:
     return graph, fold_batch_norm(graph)
 
 
-def test_the_nano_network(nano: HadaptiveNet, nano_traced: GraphModule, inputs: Tensor, assert_float_equal: Check) -> None:
+def test_the_nano_network(
+    nano: HadaptiveNet, nano_traced: GraphModule, inputs: Tensor, assert_float_equal: Check
+) -> None:
     norms = sum(isinstance(m, nn.BatchNorm2d) for m in nano.modules())
     assert fold_batch_norm(nano_traced) == norms
     assert not list(calls(nano_traced, aten.batch_norm.default))
@@ -52,7 +54,8 @@ def test_a_convolution_takes_its_norm_up(bias: bool, options: dict[str, object],
 
 
 @pytest.mark.parametrize(
-    "conv", [nn.Conv2d(3, 6, 3, 2, 1, groups=3), nn.Conv2d(3, 3, 3, padding=1, groups=3), nn.Conv2d(3, 4, 2, dilation=2)]
+    "conv",
+    [nn.Conv2d(3, 6, 3, 2, 1, groups=3), nn.Conv2d(3, 3, 3, padding=1, groups=3), nn.Conv2d(3, 4, 2, dilation=2)],
 )
 def test_groups_strides_padding_and_dilation_are_kept(conv: nn.Conv2d, assert_float_equal: Check) -> None:
     torch.manual_seed(0)

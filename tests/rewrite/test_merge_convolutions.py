@@ -12,6 +12,7 @@ from hadaptive_q.models.hadaptive_net import HadaptiveNet
 from hadaptive_q.rewrite.fold_batch_norm import fold_batch_norm
 from hadaptive_q.rewrite.graph import aten, calls, trace
 from hadaptive_q.rewrite.merge_convolutions import merge_convolutions
+from hadaptive_q.rewrite.sink_concat import sink_concat
 
 Check = Callable[[Tensor, Tensor], None]
 SIZE = 16
@@ -41,6 +42,16 @@ def test_the_stem_of_the_nano_network(
     assert merge_convolutions(nano_traced) == 1
     assert len(convolutions(nano_traced)) == before - 1
     assert convolutions(nano_traced)[0] == (12, 3, 4, 4)
+    with torch.no_grad():
+        assert_float_equal(nano_traced(inputs), nano(inputs))
+
+
+def test_the_ghost_blocks_of_stride_two(
+    nano: HadaptiveNet, nano_traced: GraphModule, inputs: Tensor, assert_float_equal: Check
+) -> None:
+    fold_batch_norm(nano_traced)
+    sink_concat(nano_traced)  # now the cheap convolution feeds its own part of the depthwise one and nothing else
+    assert merge_convolutions(nano_traced) == 1 + sum(b.depthwise.conv.stride == (2, 2) for b in nano.blocks) == 3
     with torch.no_grad():
         assert_float_equal(nano_traced(inputs), nano(inputs))
 
@@ -82,6 +93,33 @@ def test_kernels_and_strides_need_not_be_square(assert_float_equal: Check) -> No
     assert_float_equal(graph(IMAGES), model(IMAGES))
 
 
+@pytest.mark.parametrize("padding", [1, 2, (1, 0)])
+def test_the_first_may_be_padded(padding: int | tuple[int, int], assert_float_equal: Check) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 40, 3, padding=padding), nn.Conv2d(40, 2, 2, 2))
+    graph, count = merged(model)
+    assert (count, convolutions(graph)) == (1, [(2, 3, 4, 4)])
+    assert_float_equal(graph(IMAGES), model(IMAGES))
+
+
+@pytest.mark.parametrize("biases", [(True, True), (False, False)])
+@pytest.mark.parametrize(
+    ("first", "second", "kernel"), [((3, 1, 1), (2, 2), 4), ((2, 2, 0), (2, 2), 4), ((3, 2, 1), (1, 1), 3)]
+)
+def test_two_depthwise_convolutions_become_one(
+    first: tuple[int, int, int],
+    second: tuple[int, int],
+    kernel: int,
+    biases: tuple[bool, bool],
+    assert_float_equal: Check,
+) -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 3, *first, groups=3, bias=biases[0]), nn.Conv2d(3, 3, *second, groups=3, bias=biases[1])
+    )
+    graph, count = merged(model)
+    assert (count, convolutions(graph)) == (1, [(3, 1, kernel, kernel)])
+    assert_float_equal(graph(IMAGES), model(IMAGES))
+
+
 def test_a_chain_becomes_one(assert_float_equal: Check) -> None:
     model = nn.Sequential(nn.Conv2d(3, 40, 2, 2), nn.Conv2d(40, 40, 2, 2), nn.Conv2d(40, 2, 2, 1))
     graph, count = merged(model)
@@ -120,16 +158,20 @@ class TwoReaders(nn.Module):
 @pytest.mark.parametrize(
     "model",
     [
-        nn.Sequential(nn.Conv2d(3, 40, 3, padding=1), nn.Conv2d(40, 2, 1)),
         nn.Sequential(nn.Conv2d(3, 40, 1), nn.Conv2d(40, 2, 3, padding=1)),
         nn.Sequential(nn.Conv2d(3, 40, 2, dilation=2), nn.Conv2d(40, 2, 1)),
         nn.Sequential(nn.Conv2d(3, 42, 1, groups=3), nn.Conv2d(42, 2, 1)),
         nn.Sequential(nn.Conv2d(3, 40, 1), nn.Conv2d(40, 40, 2, groups=40)),
         nn.Sequential(nn.Conv2d(3, 40, 1), nn.ReLU(), nn.Conv2d(40, 2, 1)),
         nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 40, 3)),
+        nn.Sequential(nn.Conv2d(3, 3, 5, groups=3), nn.Conv2d(3, 3, 2, 2, groups=3)),
+        nn.Sequential(nn.Conv2d(3, 6, 3, groups=3), nn.Conv2d(6, 6, 2, 2, groups=6)),
         TwoReaders(),
     ],
-    ids=["padded", "padded after", "dilated", "grouped", "depthwise", "activation between", "dearer", "two readers"],
+    ids=(
+        *("second padded", "dilated", "grouped", "depthwise after dense", "activation between", "dearer"),
+        *("more taps than kernels have", "two filters a channel", "two readers"),
+    ),
 )
 def test_where_it_is_inexact_or_dearer_nothing_is_merged(model: nn.Module) -> None:
     graph, count = merged(model)

@@ -211,7 +211,7 @@ def test_every_image_is_seen_once_an_epoch_in_another_order(few_digits: ImageDat
         return nn.functional.cross_entropy(model(inputs), labels)
 
     train(fresh(), few_digits, Training(CONFIG.model_copy(update={"augment": STILL}), 0, "test", loss=loss))
-    epochs = [sum(seen[i : i + 3], []) for i in (0, 3, 6)]
+    epochs = [[*seen[i], *seen[i + 1], *seen[i + 2]] for i in (0, 3, 6)]
     assert [len(epoch) for epoch in epochs] == [96, 96, 96]
     assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2])
     assert epochs[0] != epochs[1] != epochs[2]

@@ -31,10 +31,10 @@ from hadaptive_q.quant.fake_quant import (
 )
 from hadaptive_q.quant.formats import ActivationFormat, WeightFormat
 from hadaptive_q.quant.observers import ObserverName
-from hadaptive_q.quant.plan import Plan
+from hadaptive_q.quant.plan import WEIGHTED, Plan
 from hadaptive_q.quant.program import QuantizedProgram
 from hadaptive_q.rewrite.drop_no_ops import drop_no_ops
-from hadaptive_q.rewrite.graph import set_dropout
+from hadaptive_q.rewrite.graph import constant, set_dropout
 from hadaptive_q.rewrite.split_dequantize import split_dequantize
 
 
@@ -128,6 +128,7 @@ def calibrate(prepared: Prepared, batches: Iterable[Tensor]) -> Calibrated:
             ) from error
     for quantizer in activation_quantizers(prepared.graph):
         quantizer.fix()
+    snap_biases(prepared.graph)
     return Calibrated(prepared.graph, prepared.plan)
 
 
@@ -150,6 +151,28 @@ def end_fit(calibrated: Calibrated) -> None:
     """Back to eval behaviour: dropout off, ranges fixed."""
     freeze_ranges(calibrated)
     set_dropout(calibrated.graph, active=False)
+    snap_biases(calibrated.graph)
+
+
+@torch.no_grad()
+def snap_biases(graph: GraphModule) -> None:
+    """Round every bias to the integer grid on which the runtime adds it: ``round(b / (s_x s_w)) s_x s_w``.
+
+    The runtime stores biases as int32 of that scale. Left in float, they would shift every accumulator of the program
+    against the file's by a fraction of its step, and a few results in a thousand by one code.
+    """
+    modules = dict(graph.named_modules())
+    for node in graph.graph.nodes:
+        bias = constant(graph, node.args[2]) if node.target in WEIGHTED and len(node.args) > 2 else None
+        inputs = [modules.get(str(argument.target)) for argument in node.args[:2]] if bias is not None else []
+        if bias is None or not isinstance(inputs[0], ActivationFakeQuantize):
+            continue
+        weight = constant(graph, node.args[1].args[0])
+        assert weight is not None
+        assert isinstance(inputs[1], PerChannelWeightFakeQuantize)
+        inputs[1](weight)
+        step = inputs[0].calculate_qparams()[0].double() * inputs[1].calculate_qparams()[0].double()
+        bias.copy_((bias.double() / step).round() * step)
 
 
 def convert(calibrated: Calibrated, preprocess: Preprocess) -> QuantizedProgram:

@@ -1,0 +1,115 @@
+"""Fold DySoft's slope into the operands and its weight into the depthwise convolutions that read it.
+
+Formula: with ``s = sqrt(|a|)``, ``u(x) = x / (1 + |x|)`` and, per slot, ``g = sign(a w) max(|w|, |b|)``:
+``y = w u(a q) + b = g ((|w| / |g|) u((s Z_i)(s Z_j)) + b / g)``. The readers' filters take `g`; since `g` multiplies, zero
+padding stays zero, which folding `b` would not allow. What is stored lies within ``|w| / |g| + |b| / |g| <= 2`` for every
+slot, whatever was trained, so one scale serves all slots without calibration deciding it. Where every ``|w| >= |b|``, the
+product with ``|w| / |g| = 1`` falls away.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from hadaptive_q.rewrite.graph import add_parameter, aten, calls, constant, finish
+from hadaptive_q.rewrite.permute_channels import replace_constant
+
+SMALLEST_GAIN = 2.0**-10
+
+
+@dataclass(frozen=True)
+class _Match:
+    """``last = add(mul(weight, div(t, add(abs(t), 1))), bias)`` with ``t = mul(alpha, q)``, ``q = mul(left, right)``."""
+
+    last: Node
+    ratio: Node
+    slope: Node
+    product: Node
+    alpha: Tensor
+    weight: Tensor
+    bias: Tensor
+
+
+def fold_dysoft(graph: GraphModule) -> int:
+    """Fold every DySoft over an indexed product in place and return how many there were."""
+    count = 0
+    for node in calls(graph, aten.add.Tensor):
+        match = _match(graph, node)
+        if match is not None and all(_is_depthwise(graph, user) for user in match.last.users):
+            _fold(graph, match)
+            count += 1
+    finish(graph)
+    return count
+
+
+def _split(graph: GraphModule, node: Node) -> tuple[Tensor, Node] | None:
+    """Return the constant and the activation of a binary operator that has one of each."""
+    values = [(constant(graph, a), a) for a in node.args[:2] if isinstance(a, Node)]
+    constants = [v for v, _ in values if v is not None]
+    activations = [a for v, a in values if v is None]
+    return (constants[0], activations[0]) if len(constants) == len(activations) == 1 else None
+
+
+def _match(graph: GraphModule, last: Node) -> _Match | None:
+    outer = _split(graph, last)
+    if outer is None or outer[1].target != aten.mul.Tensor:
+        return None
+    inner = _split(graph, outer[1])
+    if inner is None or inner[1].target != aten.div.Tensor:
+        return None
+    slope = inner[1].args[0]
+    if not isinstance(slope, Node) or slope.target != aten.mul.Tensor:
+        return None
+    scaled = _split(graph, slope)
+    if scaled is None or scaled[0].numel() != 1 or scaled[1].target != aten.mul.Tensor:
+        return None
+    return _Match(last, inner[1], slope, scaled[1], scaled[0], inner[0], outer[0])
+
+
+def _is_depthwise(graph: GraphModule, conv: Node) -> bool:
+    weight = constant(graph, conv.args[1]) if conv.target == aten.conv2d.default else None
+    return weight is not None and weight.shape[1] == 1 and bool(conv.args[6] == weight.shape[0])
+
+
+def _fold(graph: GraphModule, match: _Match) -> None:
+    with torch.no_grad():
+        gain = torch.maximum(match.weight.abs(), match.bias.abs()).clamp_min(SMALLEST_GAIN)
+        rest = match.weight.abs() / gain
+        sign = torch.where(match.weight < 0, -1.0, 1.0) * torch.where(match.alpha < 0, -1.0, 1.0)
+        gain = gain * sign
+        for conv in match.last.users:
+            filters = conv.args[1]
+            assert isinstance(filters, Node)
+            value = constant(graph, filters)
+            assert value is not None
+            replace_constant(graph, filters, value * gain.reshape(-1, 1, 1, 1))
+        _scale_operands(graph, match.product, match.alpha.abs().sqrt())
+    match.slope.replace_all_uses_with(match.product)
+    shift = add_parameter(graph, f"{match.last.name}_shift", match.bias / gain, match.last)
+    scaled = match.ratio
+    with graph.graph.inserting_before(match.last):
+        if not torch.equal(rest, torch.ones_like(rest)):
+            share = add_parameter(graph, f"{match.last.name}_share", rest, match.last)
+            scaled = graph.graph.call_function(aten.mul.Tensor, (match.ratio, share))
+            scaled.meta = dict(match.last.meta)
+        out = graph.graph.call_function(aten.add.Tensor, (scaled, shift))
+    out.meta = dict(match.last.meta)
+    match.last.replace_all_uses_with(out)
+
+
+def _scale_operands(graph: GraphModule, product: Node, factor: Tensor) -> None:
+    """Scale `Z` of ``Z[:, i] * Z[:, j]``: a few channels instead of all their products."""
+    indices = [a for a in product.args if isinstance(a, Node)]
+    z = indices[0].args[0]
+    assert isinstance(z, Node)
+    value = add_parameter(graph, f"{product.name}_slope", factor.reshape(1), indices[0])
+    with graph.graph.inserting_before(indices[0]):
+        scaled = graph.graph.call_function(aten.mul.Tensor, (z, value))
+    scaled.meta = dict(z.meta)
+    # Both readers lie behind the first one's place: operands are made one after the other.
+    for index in indices:
+        index.replace_input_with(z, scaled)

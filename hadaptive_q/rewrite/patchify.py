@@ -1,0 +1,58 @@
+"""Turn a convolution of few channels whose patches do not overlap into space-to-depth and a 1x1 convolution.
+
+Formula: for kernel = stride = k without padding, ``W * x = W' x'`` with ``x'[(dy, dx, c)] = x[c, k i + dy, k j + dx]``.
+XNNPACK's implicit matrix product reads one pixel at a time, and three channels fill no vector; a 1x1 convolution over
+``3 k^2`` channels does. Exact up to the order of summation.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from hadaptive_q.rewrite.graph import add_parameter, aten, calls, constant, finish
+
+MOST_CHANNELS = 4
+
+
+def patchify(graph: GraphModule) -> int:
+    """Rewrite every such convolution in place and return how many there were."""
+    count = 0
+    for conv in calls(graph, aten.conv2d.default):
+        weight = constant(graph, conv.args[1])
+        stride, padding, dilation, groups = (*conv.args, *(None, [1, 1], [0, 0], [1, 1], 1)[len(conv.args) - 2 :])[3:7]
+        if weight is None or groups != 1 or weight.shape[1] > MOST_CHANNELS or list(dilation) != [1, 1]:
+            continue
+        height, width = conv.args[0].meta["val"].shape[2:]  # type: ignore[union-attr]
+        k = list(weight.shape[2:])
+        if k == [1, 1] or list(stride) != k or list(padding) != [0, 0] or height % k[0] or width % k[1]:
+            continue
+        _rewrite(graph, conv, int(height) // k[0], int(width) // k[1])
+        count += 1
+    finish(graph)
+    return count
+
+
+def _rewrite(graph: GraphModule, conv: Node, rows: int, columns: int) -> None:
+    weight = constant(graph, conv.args[1])
+    assert weight is not None
+    channels, ky, kx = weight.shape[1:]
+    flat = weight.permute(0, 2, 3, 1).reshape(weight.shape[0], -1, 1, 1)
+    new_weight = add_parameter(graph, f"{conv.args[1]}_patch", flat, conv)
+
+    def call(target: Any, shape: tuple[int, ...], *args: Any) -> Node:
+        with graph.graph.inserting_before(conv):
+            node = graph.graph.call_function(target, args)
+        node.meta = {k: v for k, v in conv.meta.items() if k == "nn_module_stack"}
+        like: torch.Tensor = conv.meta["val"]
+        node.meta["val"] = like.new_empty((like.shape[0], *shape))
+        return node
+
+    split = [-1, channels, rows, ky, columns, kx]
+    cells = call(aten.view.default, (channels, rows, ky, columns, kx), conv.args[0], split)
+    depth = call(aten.permute.default, (ky, kx, channels, rows, columns), cells, [0, 3, 5, 1, 2, 4])
+    merged = ky * kx * channels
+    patches = call(aten.reshape.default, (merged, rows, columns), depth, [-1, merged, rows, columns])
+    conv.args = (patches, new_weight, *conv.args[2:3])

@@ -1,0 +1,170 @@
+"""The plan is decided on the graph, before any tensor moves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, cat, nn
+from torch.fx import GraphModule, Node
+
+from hadaptive_q.quant.formats import ActivationFormat, WeightFormat
+from hadaptive_q.quant.plan import Plan, make_plan
+from hadaptive_q.recipe import QuantizeConfig
+from hadaptive_q.rewrite.deploy import deploy_graph
+from hadaptive_q.rewrite.graph import aten, calls, constant, module_path, trace
+from hadaptive_q.rewrite.products import find_products
+
+
+def planned(model: nn.Module) -> tuple[Plan, dict[str, Node]]:
+    graph = trace(model, 8)
+    return make_plan(graph, QuantizeConfig()), {n.name: n for n in graph.graph.nodes}
+
+
+def operators(nodes: dict[str, Node], names: object) -> list[str]:
+    """Return what makes each tensor: an operator, or the input."""
+    found = [nodes[name] for name in names]  # type: ignore[attr-defined]
+    return sorted("input" if n.op == "placeholder" else str(n.target).split(".")[1] for n in found)
+
+
+def scale_owner(plan: Plan, name: str) -> str:
+    """Return the tensor whose scale `name` finally uses."""
+    for _ in range(len(plan.shared) + 1):
+        if name not in plan.shared:
+            return name
+        name = plan.shared[name]
+    raise AssertionError(f"{name} shares in a circle")
+
+
+class Chain(nn.Module):
+    """Convolution, activation, pooling, views, linear: what a classifier is made of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.act, self.dropout, self.linear = (
+            *(nn.Conv2d(3, 4, 3), nn.Hardswish(), nn.Dropout(), nn.Linear(4, 2)),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.dropout(self.act(self.conv(x)).mean((-1, -2), keepdim=True).flatten(1)))
+
+
+def test_tensors_are_stored_where_layers_read_and_write_them() -> None:
+    plan, nodes = planned(Chain())
+    # Hardswish and the mean compute on floats here; what a layer reads or writes is stored.
+    assert operators(nodes, plan.activations) == ["conv2d", "dropout", "flatten", "input", "linear", "mean"]
+    assert operators(nodes, plan.weights) == ["conv2d", "linear"]
+    assert set(plan.activations.values()) == {ActivationFormat(8)}
+    assert set(plan.weights.values()) == {WeightFormat(8)}
+
+
+def test_views_carry_the_codes_of_what_they_view() -> None:
+    plan, nodes = planned(Chain())
+    by_operator = {str(n.target).split(".")[1]: name for name, n in nodes.items() if n.op == "call_function"}
+    assert scale_owner(plan, by_operator["dropout"]) == by_operator["mean"]
+    assert scale_owner(plan, by_operator["flatten"]) == by_operator["mean"]
+    assert by_operator["mean"] not in plan.shared
+
+
+class Sums(nn.Module):
+    """A residual, a number, a parameter: three additions, one of two activations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.shift = nn.Conv2d(3, 3, 1), nn.Parameter(torch.zeros(1, 3, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.conv(x) + x).abs() + 1.0 + self.shift
+
+
+def test_a_residual_is_stored_and_arithmetic_is_not() -> None:
+    plan, nodes = planned(Sums())
+    assert operators(nodes, plan.activations) == ["add", "conv2d", "input"]
+
+
+class Joined(nn.Module):
+    def __init__(self, read_by_a_layer: bool) -> None:
+        super().__init__()
+        self.one, self.two, self.after = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 5, 1), nn.Conv2d(9, 2, 1)
+        self.read_by_a_layer = read_by_a_layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        joined = cat((self.one(x), self.two(x)), dim=1)
+        return self.after(joined) if self.read_by_a_layer else joined.abs()
+
+
+def test_all_parts_of_a_concatenation_share_a_scale() -> None:
+    plan, nodes = planned(Joined(True))
+    (joined,) = (n for n in nodes.values() if n.target == aten.cat.default)
+    parts = [part.name for part in joined.args[0]]  # type: ignore[union-attr]
+    assert {scale_owner(plan, name) for name in (*parts, joined.name)} == {parts[0]}
+
+
+def test_a_concatenation_no_layer_reads_is_arithmetic() -> None:
+    plan, nodes = planned(Joined(False))
+    assert "cat" not in operators(nodes, plan.activations)
+    assert plan.shared == {}
+
+
+class ConstantMatrix(nn.Module):
+    """A sum by a matrix of ones, as the selection uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("ones", torch.ones(1, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.ones)
+
+
+def test_a_constant_matrix_is_no_layer() -> None:
+    plan, _ = planned(ConstantMatrix())
+    assert plan == Plan()
+
+
+@pytest.fixture(params=["rank", "channel", "static"])
+def graph(request: pytest.FixtureRequest, make_graph: Callable[..., GraphModule]) -> GraphModule:
+    return make_graph(deploy_graph, request.param)
+
+
+def test_every_layer_of_the_nano_network_reads_and_writes_codes(graph: GraphModule) -> None:
+    plan = make_plan(graph, QuantizeConfig())
+    layers = [
+        n
+        for n in calls(graph, aten.conv2d.default, aten.linear.default)
+        if isinstance(constant(graph, n.args[1]), nn.Parameter)
+    ]
+    assert {n.name for n in layers} == set(plan.weights)
+    for node in layers:
+        assert node.name in plan.activations, node
+        assert node.args[0].name in plan.activations, node  # type: ignore[union-attr]
+    (output,) = (n for n in graph.graph.nodes if n.op == "output")
+    assert output.args[0][0].name in plan.activations, "logits are codes too: a file is compared in them"
+
+
+def test_selection_and_products_of_the_nano_network_stay_in_float(graph: GraphModule) -> None:
+    plan = make_plan(graph, QuantizeConfig())
+    names = {n.name: n for n in graph.graph.nodes}
+    scorers = {n.name for n in graph.graph.nodes if "scorer" in module_path(n) and n.op == "call_function"}
+    assert bool(scorers) == any(p.choice for p in find_products(graph))
+    assert not scorers & plan.activations.keys()
+    for product in find_products(graph):
+        assert product.mixed in plan.activations, "X~ is read by a layer"
+        assert product.normed in plan.activations, "and so is norm(Q)"
+        assert product.chosen not in plan.activations, "Z is not stored: 8 bits before the product cost 12 dB"
+        assert product.choice not in plan.activations
+    for name in plan.activations:
+        assert names[name].target not in (aten.topk.default, aten.bmm.default, aten.gather.default, aten.conv1d.default)
+
+
+def test_an_owner_of_a_scale_is_stored_itself(graph: GraphModule) -> None:
+    plan = make_plan(graph, QuantizeConfig())
+    assert plan.shared.keys() <= plan.activations.keys()
+    assert {scale_owner(plan, name) for name in plan.shared} <= plan.activations.keys()
+
+
+def test_planning_changes_nothing(graph: GraphModule) -> None:
+    code = graph.code
+    assert make_plan(graph, QuantizeConfig()) == make_plan(graph, QuantizeConfig())
+    assert graph.code == code
