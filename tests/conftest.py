@@ -9,12 +9,6 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-# Before anything imports a library that reads them: caches of a test run are its own, and nothing asks the network.
-_CACHE = tempfile.TemporaryDirectory(prefix="hadaptive-q-tests-")
-os.environ["XDG_CACHE_HOME"] = _CACHE.name
-os.environ["HF_HOME"] = f"{_CACHE.name}/huggingface"
-os.environ["HF_HUB_OFFLINE"] = "1"
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -28,6 +22,10 @@ from hadaptive_q.rewrite.deploy import deploy_graph
 from hadaptive_q.rewrite.freeze_selection import freeze_selection
 from hadaptive_q.rewrite.graph import trace
 
+# Before a test imports a library that reads them: a run has tables of its own, and nothing asks the network.
+_TABLES = tempfile.TemporaryDirectory(prefix="hadaptive-q-tests-")
+os.environ["HF_HOME"] = _TABLES.name
+os.environ["HF_HUB_OFFLINE"] = "1"
 # Tensors here are tiny: threads that wait for each other on a busy machine took 170 times as long as the work.
 torch.set_num_threads(1)
 

@@ -41,9 +41,13 @@ def test_a_failed_write_keeps_the_old_file_and_cleans_up(tmp_path: Path) -> None
 
 
 def test_an_interrupted_write_shows_no_file(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), replacing(tmp_path / "new.bin") as temporary:
-        temporary.write_bytes(b"half")
-        raise KeyboardInterrupt
+    def stop_half_way() -> None:
+        with replacing(tmp_path / "new.bin") as temporary:
+            temporary.write_bytes(b"half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stop_half_way()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -66,6 +70,6 @@ def test_output_folder_is_made_with_its_parents_and_may_exist(tmp_path: Path) ->
 @pytest.mark.parametrize("below", ["", "deeper"])
 def test_output_folder_refuses_a_file_in_its_place(below: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(UserError, match="--out .*file.*choose another --out"):
+    with pytest.raises(UserError, match=r"--out .*file.*choose another --out"):
         output_folder(tmp_path / "file" / below)
     assert (tmp_path / "file").read_text() == "x"

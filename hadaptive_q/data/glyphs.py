@@ -33,8 +33,8 @@ SEEDS = {"train": 1, "val": 2}
 CANVAS, FONT_PIXELS = 96, 66
 # Distortion of one sample, in this order: rotation (rad), log scale x and y, shear, shift x and y (canvas = 2),
 # foreground, background (0..1), noise sigma, a stroke's angle (rad), offset (canvas = 2) and strength.
-LOW = np.array([-0.3, -0.2, -0.2, -0.3, -0.18, -0.18, 0.55, 0.0, 0.02, 0.0, -0.5, 0.0])
-HIGH = np.array([0.3, 0.2, 0.2, 0.3, 0.18, 0.18, 1.0, 0.3, 0.14, 3.1416, 0.5, 0.7])
+LOW = np.array([-0.2, -0.1, -0.1, -0.2, -0.15, -0.15, 0.6, 0.0, 0.02, 0.0, -0.5, 0.0])
+HIGH = np.array([0.2, 0.1, 0.1, 0.2, 0.15, 0.15, 1.0, 0.3, 0.12, 3.1416, 0.5, 0.5])
 STROKE_WIDTH = 0.035
 CHUNK = 1024
 

@@ -14,7 +14,8 @@ from hadaptive_q.recipe import shipped
 
 
 @pytest.mark.parametrize("name", shipped("calib"))
-def test_shipped_manifest_resolves(name: str) -> None:
+def test_shipped_manifest_resolves(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     data = open_data(name, 32)
     manifest = find_manifest("auto", data)
     assert manifest == read_manifest(shipped("calib")[name])

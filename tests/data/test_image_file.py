@@ -128,7 +128,7 @@ def test_what_cannot_be_decoded_is_named(data: bytes) -> None:
 def test_decompression_bombs_are_refused(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     data = encoded(Image.fromarray(ramp()))  # 1,024 pixels: above twice the first limit, below twice the second
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-    with pytest.raises(UserError, match="here: got '.*decompression bomb"):
+    with pytest.raises(UserError, match=r"here: got '.*decompression bomb"):
         decode(data, 32, "here")
 
 

@@ -256,7 +256,7 @@ def test_weights_that_overflow_are_refused(nano: HadaptiveNet, inputs: Tensor) -
     with torch.no_grad():
         nano.tail.conv.weight.fill_(3e38)
     with pytest.raises(
-        UserError, match="calibration, batch 1: got NaN or infinity.*check the checkpoint and the images"
+        UserError, match=r"calibration, batch 1: got NaN or infinity.*check the checkpoint and the images"
     ):
         calibrated(deploy_graph(nano, 32), inputs)
 

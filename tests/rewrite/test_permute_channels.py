@@ -77,7 +77,7 @@ def test_readers_that_cannot_follow_are_refused_and_nothing_changes(last: nn.Mod
     model = Readers(last)
     graph = trace(model, 8)
     wanted = graph(IMAGES)
-    with pytest.raises(ValueError, match="order that cannot be changed|groups of more than one channel"):
+    with pytest.raises(ValueError, match=r"order that cannot be changed|groups of more than one channel"):
         permute_readers(graph, next(calls(graph, aten.conv2d.default)), ORDER)
     graph.recompile()
     assert torch.equal(graph(IMAGES), wanted)
