@@ -15,7 +15,6 @@ from torch.export import ExportedProgram
 from hadaptive_q.lower.coverage import Coverage, measure_coverage
 from hadaptive_q.lower.hardswish_int8 import Int8HardswishConfig
 
-
 # The stock partitioner's configurations, with ours in the place of those they extend.
 _CONFIGS = [Int8HardswishConfig if c is HardswishConfig else c for c in ALL_PARTITIONER_CONFIGS]
 

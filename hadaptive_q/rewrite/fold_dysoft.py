@@ -1,10 +1,10 @@
 """Fold DySoft's slope into the operands and its weight into the depthwise convolutions that read it.
 
 Formula: with ``s = sqrt(|a|)``, ``u(x) = x / (1 + |x|)`` and, per slot, ``g = sign(a w) max(|w|, |b|)``:
-``y = w u(a q) + b = g ((|w| / |g|) u((s Z_i)(s Z_j)) + b / g)``. The readers' filters take `g`; since `g` multiplies, zero
-padding stays zero, which folding `b` would not allow. What is stored lies within ``|w| / |g| + |b| / |g| <= 2`` for every
-slot, whatever was trained, so one scale serves all slots without calibration deciding it. Where every ``|w| >= |b|``, the
-product with ``|w| / |g| = 1`` falls away.
+``y = w u(a q) + b = g ((|w| / |g|) u((s Z_i)(s Z_j)) + b / g)``. The readers' filters take `g`; since `g` multiplies,
+zero padding stays zero, which folding `b` would not allow. What is stored lies within ``|w| / |g| + |b| / |g| <= 2``
+for every slot, whatever was trained, so one scale serves all slots. Where every ``|w| >= |b|``, the product with
+``|w| / |g| = 1`` falls away.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from hadaptive_q.rewrite.graph import add_parameter, aten, calls, constant, finish
+from hadaptive_q.rewrite.graph import add_parameter, aten, calls, constant, finish, is_depthwise
 from hadaptive_q.rewrite.permute_channels import replace_constant
 
 SMALLEST_GAIN = 2.0**-10
@@ -23,7 +23,7 @@ SMALLEST_GAIN = 2.0**-10
 
 @dataclass(frozen=True)
 class _Match:
-    """``last = add(mul(weight, div(t, add(abs(t), 1))), bias)`` with ``t = mul(alpha, q)``, ``q = mul(left, right)``."""
+    """``last = add(mul(weight, ratio), bias)`` with ``ratio = slope / (|slope| + 1)``, ``slope = alpha * product``."""
 
     last: Node
     ratio: Node
@@ -39,7 +39,7 @@ def fold_dysoft(graph: GraphModule) -> int:
     count = 0
     for node in calls(graph, aten.add.Tensor):
         match = _match(graph, node)
-        if match is not None and all(_is_depthwise(graph, user) for user in match.last.users):
+        if match is not None and all(is_depthwise(graph, user) for user in match.last.users):
             _fold(graph, match)
             count += 1
     finish(graph)
@@ -68,11 +68,6 @@ def _match(graph: GraphModule, last: Node) -> _Match | None:
     if scaled is None or scaled[0].numel() != 1 or scaled[1].target != aten.mul.Tensor:
         return None
     return _Match(last, inner[1], slope, scaled[1], scaled[0], inner[0], outer[0])
-
-
-def _is_depthwise(graph: GraphModule, conv: Node) -> bool:
-    weight = constant(graph, conv.args[1]) if conv.target == aten.conv2d.default else None
-    return weight is not None and weight.shape[1] == 1 and bool(conv.args[6] == weight.shape[0])
 
 
 def _fold(graph: GraphModule, match: _Match) -> None:

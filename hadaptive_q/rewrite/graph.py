@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +43,29 @@ def constant(graph: GraphModule, node: object) -> Tensor | None:
     for part in str(node.target).split("."):
         value = getattr(value, part)
     return value if isinstance(value, Tensor) else None
+
+
+@dataclass(frozen=True)
+class ConvSettings:
+    """How a convolution steps over its input; lists are (vertical, horizontal)."""
+
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    groups: int
+
+
+def conv_settings(conv: Node) -> ConvSettings:
+    """Return the settings of a `conv2d` call with the defaults filled in."""
+    defaults: tuple[Any, ...] = (None, None, None, [1, 1], [0, 0], [1, 1], 1)
+    stride, padding, dilation, groups = (*conv.args, *defaults[len(conv.args) :])[3:7]
+    return ConvSettings(list(stride), list(padding), list(dilation), int(groups))
+
+
+def is_depthwise(graph: GraphModule, conv: Node) -> bool:
+    """Whether `conv` is a `conv2d` that filters every channel alone."""
+    weight = constant(graph, conv.args[1]) if conv.target == aten.conv2d.default else None
+    return weight is not None and weight.shape[1] == 1 and conv_settings(conv).groups == weight.shape[0]
 
 
 def add_parameter(graph: GraphModule, name: str, value: Tensor, before: Node) -> Node:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from hadaptive_q.rewrite.graph import add_parameter, aten, calls, constant, finish
+from hadaptive_q.rewrite.graph import add_parameter, aten, calls, constant, conv_settings, finish
 
 MOST_CHANNELS = 4
 
@@ -22,12 +22,12 @@ def patchify(graph: GraphModule) -> int:
     count = 0
     for conv in calls(graph, aten.conv2d.default):
         weight = constant(graph, conv.args[1])
-        stride, padding, dilation, groups = (*conv.args, *(None, [1, 1], [0, 0], [1, 1], 1)[len(conv.args) - 2 :])[3:7]
-        if weight is None or groups != 1 or weight.shape[1] > MOST_CHANNELS or list(dilation) != [1, 1]:
+        settings = conv_settings(conv)
+        if weight is None or settings.groups != 1 or weight.shape[1] > MOST_CHANNELS or settings.dilation != [1, 1]:
             continue
         height, width = conv.args[0].meta["val"].shape[2:]  # type: ignore[union-attr]
         k = list(weight.shape[2:])
-        if k == [1, 1] or list(stride) != k or list(padding) != [0, 0] or height % k[0] or width % k[1]:
+        if k == [1, 1] or settings.stride != k or settings.padding != [0, 0] or height % k[0] or width % k[1]:
             continue
         _rewrite(graph, conv, int(height) // k[0], int(width) // k[1])
         count += 1

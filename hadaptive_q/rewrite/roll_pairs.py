@@ -1,9 +1,9 @@
 """Cross-Hadamard products by rolled slices instead of indexed pairs.
 
 The pairs ``(i, i + d mod Cs)`` for ``d = 1 .. Cs / 2`` are all pairs, each once (the last distance of an even `Cs`
-counts half). With ``ZZ = concat(Z, Z[: Cs / 2])``, distance `d` is one product of whole tensors, ``Z * ZZ[d : d + Cs]``.
-Slots come out in another order, so the weights of the norm, of the depthwise convolution and the projection's
-columns are reordered with them. XNNPACK has slices and products, but no index.
+counts half). With ``ZZ = concat(Z, Z[: Cs / 2])``, distance `d` is one product of whole tensors,
+``Z * ZZ[d : d + Cs]``. Slots come out in another order, so the weights of the norm, of the depthwise convolution and
+the projection's columns are reordered with them. XNNPACK has slices and products, but no index.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
 Formula, for scores `xi (C)`: ``before[c, c'] = clamp(2^60 (xi_c' - xi_c) + [c' < c], 0, 1)`` is 1 where channel c'
 ranks before channel c (ties to the lower index), ``rank_c = sum_c' before[c, c']``,
-``P[c, r] = clamp(1 - |rank_c - r|, 0, 1)`` and ``Z = X~ P``. In channel order, `r` counts chosen channels of lower index
-instead. Exact: a difference of two floats is 0 or, times 2^60, beyond 1; sums of ones are exact; a one-hot product
-copies values. XNNPACK runs every operator of it, so the selection stays inside the delegate; `topk` and `gather`
-would end it. X~ is read with its channels last, which is how a convolution leaves it in memory.
+``P[c, r] = clamp(1 - |rank_c - r|, 0, 1)`` and ``Z = X~ P``. In channel order, `r` counts chosen channels of lower
+index instead. Exact: a difference of two floats is 0 or, times 2^60, beyond 1; sums of ones are exact; a one-hot
+product copies values. XNNPACK runs every operator of it, so the selection stays inside the delegate; `topk` and
+`gather` would end it. X~ is read with its channels last, which is how a convolution leaves it in memory.
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ class _Builder:
         # [c' < c] from two small vectors: as a constant matrix it would be a tenth of an int8 file.
         index = torch.arange(channels, dtype=torch.float32)
         lower = self._unit(
-            self.call(aten.sub.Tensor, self.buffer("row", index[None, :, None]), self.buffer("column", index[None, None]))
+            self.call(
+                aten.sub.Tensor, self.buffer("row", index[None, :, None]), self.buffer("column", index[None, None])
+            )
         )
         across = self.call(aten.view.default, scores, [-1, 1, channels])
         down = self.call(aten.view.default, scores, [-1, channels, 1])

@@ -11,7 +11,7 @@ from __future__ import annotations
 from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
-from hadaptive_q.rewrite.graph import add_parameter, aten, calls, constant, finish
+from hadaptive_q.rewrite.graph import add_parameter, aten, calls, constant, finish, is_depthwise
 
 _ELEMENTWISE = (aten.hardswish.default, aten.hardswish_.default)
 
@@ -35,7 +35,7 @@ def _sink(graph: GraphModule, cat: Node) -> bool:
     if user.target in _ELEMENTWISE:
         # Out of place: on the concatenation it wrote to a fresh tensor, on a part it would change other readers.
         moved = [_repeat(graph, user, aten.hardswish.default, (part,)) for part in nodes]
-    elif user.target == aten.conv2d.default and _is_depthwise(graph, user):
+    elif is_depthwise(graph, user):
         moved = _split_depthwise(graph, user, nodes)
     else:
         return False
@@ -46,12 +46,6 @@ def _sink(graph: GraphModule, cat: Node) -> bool:
     graph.graph.erase_node(user)
     graph.graph.erase_node(cat)
     return True
-
-
-def _is_depthwise(graph: GraphModule, conv: Node) -> bool:
-    weight = constant(graph, conv.args[1])
-    groups = conv.args[6] if len(conv.args) > 6 else 1
-    return weight is not None and weight.shape[1] == 1 and bool(groups == weight.shape[0])
 
 
 def _split_depthwise(graph: GraphModule, conv: Node, parts: list[Node]) -> list[Node]:

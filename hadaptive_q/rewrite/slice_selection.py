@@ -1,7 +1,7 @@
 """Turn a frozen selection into a plain slice, by reordering the channels of X~ ahead of time.
 
-The convolution that makes X~ delivers the chosen channels first, in their slots' order; everything else that reads X~ is
-reordered with it. XNNPACK has slices and no index.
+The convolution that makes X~ delivers the chosen channels first, in their slots' order; everything else that reads X~
+is reordered with it. XNNPACK has slices and no index.
 """
 
 from __future__ import annotations

@@ -10,11 +10,9 @@ would need to read a part of its input only, and stays whole.
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch.fx import GraphModule, Node
 
-from hadaptive_q.rewrite.graph import add_parameter, aten, calls, constant, finish
+from hadaptive_q.rewrite.graph import add_parameter, aten, calls, constant, conv_settings, finish, is_depthwise
 
 MAX_TAPS = 25
 _DEFAULTS = (None, None, None, [1, 1], [0, 0], [1, 1], 1)
@@ -25,16 +23,16 @@ def split_depthwise(graph: GraphModule) -> int:
     count = 0
     for conv in calls(graph, aten.conv2d.default):
         weight = constant(graph, conv.args[1])
-        settings: tuple[Any, ...] = (*conv.args, *_DEFAULTS[len(conv.args) :])
-        stride, padding, dilation, groups = settings[3:7]
-        if weight is None or weight.shape[1] != 1 or groups != weight.shape[0] or list(dilation) != [1, 1]:
+        settings = conv_settings(conv)
+        if weight is None or not is_depthwise(graph, conv) or settings.dilation != [1, 1]:
             continue
+        padding = settings.padding
         height, width = weight.shape[2:]
         if height * width <= MAX_TAPS or height % 2 == 0 or width % 2 == 0:
             continue
         if any(padding[0] < rows[0] or padding[1] < columns[0] for rows, columns in _sets(height, width)):
             continue
-        _split(graph, conv, stride, padding)
+        _split(graph, conv)
         count += 1
     finish(graph)
     return count
@@ -43,7 +41,7 @@ def split_depthwise(graph: GraphModule) -> int:
 def deal(size: int, most: int) -> list[list[int]]:
     """Deal ``range(size)`` (odd) into symmetric, evenly spaced sets of at most `most` members, few sets first.
 
-    The centre goes with an outer pair where three fit, alone otherwise; the other pairs ``(i, size - 1 - i)`` stay pairs.
+    The centre goes with the outer pair where three fit, alone otherwise; other pairs ``(i, size - 1 - i)`` stay pairs.
     """
     centre = size // 2
     if size <= most:
@@ -61,11 +59,11 @@ def _sets(height: int, width: int) -> list[tuple[list[int], list[int]]]:
     return [(r, c) for r in rows for c in columns]
 
 
-def _split(graph: GraphModule, conv: Node, stride: Any, padding: Any) -> None:
+def _split(graph: GraphModule, conv: Node) -> None:
     weight = constant(graph, conv.args[1])
     bias = constant(graph, conv.args[2]) if len(conv.args) > 2 else None
     assert weight is not None
-    channels = weight.shape[0]
+    channels, settings = weight.shape[0], conv_settings(conv)
     total: Node | None = None
     for index, (rows, columns) in enumerate(_sets(*weight.shape[2:])):
         part = weight[:, :, rows][:, :, :, columns]
@@ -74,8 +72,8 @@ def _split(graph: GraphModule, conv: Node, stride: Any, padding: Any) -> None:
         # The bias belongs to one part only.
         bias_node = add_parameter(graph, f"{name}_bias", bias, conv) if bias is not None and index == 0 else None
         dilation = [_spacing(rows), _spacing(columns)]
-        own_padding = [padding[0] - rows[0], padding[1] - columns[0]]
-        args = (conv.args[0], weight_node, bias_node, list(stride), own_padding, dilation, channels)
+        own_padding = [settings.padding[0] - rows[0], settings.padding[1] - columns[0]]
+        args = (conv.args[0], weight_node, bias_node, settings.stride, own_padding, dilation, channels)
         with graph.graph.inserting_before(conv):
             new = graph.graph.call_function(aten.conv2d.default, args)
             new.meta = dict(conv.meta)
