@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from hadaptive_q.arm.cores import CORES
 from hadaptive_q.errors import UserError, nearest
 from hadaptive_q.models.config import VARIANTS
 from hadaptive_q.recipe import Recipe, load_recipe, shipped
@@ -139,6 +140,41 @@ def evaluate(
         typer.echo(json.dumps(result))
     else:
         typer.echo(f"{file}: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} % on {result['samples']} images")
+
+
+@app.command()
+def bench(
+    files: Annotated[list[Path], typer.Argument(help="One or more .pte files, ours or not.")],
+    core: Annotated[list[str] | None, typer.Option(help=f"Emulated core, repeatable: {', '.join(CORES)}.")] = None,
+    operators: Annotated[bool, typer.Option(help="Break instructions down by operator.")] = False,
+    compare: Annotated[Path | None, typer.Option(help="Print every figure as a ratio to this .pte.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure latency on this host and instructions per inference on emulated ARM64 cores."""
+    from hadaptive_q.arm.cores import find_core
+    from hadaptive_q.bench import bench_files
+
+    for name in core or []:
+        find_core(name)
+    results = bench_files([*files, *([compare] if compare else [])], core or [], operators)
+    base = results[-1] if compare else None
+    if as_json:
+        typer.echo(json.dumps(results))
+        return
+    for result in results:
+        typer.echo(f"{result['file']}: {result['bytes']:,} bytes{_ratio(result, base, 'bytes')}")
+        host = f"{result['host_ms_median']:.3f} ms, spread {result['host_ms_spread']:.3f}"
+        typer.echo(f"  this host: {host}{_ratio(result, base, 'host_ms_median')}")
+        for name, cost in result["arm"].items():
+            ratio = _ratio(cost, base["arm"][name] if base else None, "instructions")
+            classes = ", ".join(f"{kind} {count:,}" for kind, count in cost["by_class"].items())
+            typer.echo(f"  {name}: {cost['instructions']:,} instructions{ratio} ({classes})")
+            for operator, count in cost.get("operators", {}).items():
+                typer.echo(f"    {count:>12,}  {operator}")
+
+
+def _ratio(result: dict[str, Any], base: dict[str, Any] | None, key: str) -> str:
+    return f", {result[key] / base[key]:.3f} of the compared file" if base else ""
 
 
 @app.command("import")

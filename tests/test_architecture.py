@@ -21,9 +21,10 @@ LAYERS = [
     ["recipe", "models", "data"],
     ["rewrite", "train"],
     ["quant"],
-    ["lower", "arm"],
+    ["arm"],
+    ["lower"],
     ["report"],
-    ["pipeline", "evaluate"],
+    ["pipeline", "evaluate", "bench"],
     ["cli", "__main__", "__init__"],
 ]
 FENCES = {

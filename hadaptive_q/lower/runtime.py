@@ -49,6 +49,13 @@ class PteFile:
         """The sizes of the input the file was written for."""
         return tuple(self._method.metadata.input_tensor_meta(0).sizes())
 
+    def example(self) -> Tensor:
+        """Return an input of the right shape and type, pseudo-random and always the same."""
+        meta = self._method.metadata.input_tensor_meta(0)
+        values = torch.rand(tuple(meta.sizes()), generator=torch.Generator().manual_seed(0))
+        # ScalarType 0 is uint8, 6 float32 in the runtime's numbering, which is torch's.
+        return (values * 255).to(torch.uint8) if int(meta.dtype()) == 0 else values * 2 - 1
+
     def __call__(self, inputs: Tensor) -> Tensor:
         """Run contiguous float inputs `(1, 3, S, S)`; the result is a copy that later calls leave alone."""
         try:
