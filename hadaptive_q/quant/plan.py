@@ -18,6 +18,7 @@ from hadaptive_q.recipe import QuantizeConfig
 from hadaptive_q.rewrite.graph import aten, constant
 
 WEIGHTED = (aten.conv2d.default, aten.linear.default)
+ACTIVATIONS = (aten.hardswish.default, aten.hardswish_.default)
 # Other views (space to depth, the reshapes of a selection) carry floats: what a layer reads is quantized behind them.
 VIEWS = (aten.flatten.using_ints, aten.dropout.default)
 
@@ -65,8 +66,19 @@ def _computes_on_codes(graph: GraphModule, node: Node) -> bool:
     if node.target == aten.cat.default:
         # Where a layer reads it; the concatenations inside a product are float arithmetic.
         return any(_is_weighted(graph, user) for user in node.users)
-    # A residual adds two activations; the additions inside a norm add a number or a parameter.
-    return node.target == aten.add.Tensor and len(_activation_inputs(node)) == 2
+    # A residual adds what two layers made; the additions inside a norm or a selection are float arithmetic.
+    return node.target == aten.add.Tensor and all(_made_by_layer(graph, argument) for argument in node.args)
+
+
+def _made_by_layer(graph: GraphModule, node: object) -> bool:
+    """Whether `node` is a layer's result, as it is or behind activations, concatenations and residual additions."""
+    if not isinstance(node, Node):
+        return False
+    if node.op == "placeholder" or _is_weighted(graph, node):
+        return True
+    if node.target in (*ACTIVATIONS, aten.cat.default, aten.add.Tensor, *VIEWS):
+        return all(_made_by_layer(graph, source) for source in node.all_input_nodes)
+    return False
 
 
 def _activation_inputs(node: Node) -> list[Node]:

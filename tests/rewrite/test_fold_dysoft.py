@@ -39,7 +39,7 @@ def folded(model: nn.Module, sunk: bool = True) -> tuple[GraphModule, int]:
     return graph, fold_dysoft(graph)
 
 
-@pytest.mark.parametrize("alpha", [0.5, -0.7, 3.0, 1e-3])
+@pytest.mark.parametrize("alpha", [0.5, -3.0])
 @pytest.mark.parametrize("weights", ["ordinary", "negative", "small", "zero", "small bias"])
 def test_any_dysoft_folds(alpha: float, weights: str, assert_float_equal: Check) -> None:
     model = Net()

@@ -45,7 +45,7 @@ class Net(nn.Module):
 
 
 @pytest.mark.parametrize("norm", ["dysoft", "batch_norm"])
-@pytest.mark.parametrize("cs", range(2, 9))
+@pytest.mark.parametrize("cs", [2, 3, 4, 5, 8])
 @pytest.mark.parametrize("sunk", [True, False])
 def test_products_by_slices(
     sunk: bool, cs: int, norm: Norm, assert_float_equal: Callable[[Tensor, Tensor], None]
