@@ -45,7 +45,7 @@ COLUMNS = (
     "bytes / float",
 )
 RECIPES = ("int8", "int8_static", "int8_ptq")
-FIRST_SEED_ONLY = ("int8_static",)
+FIRST_SEED_ONLY = ("int8_static", "int8_ptq")
 NAMES = {
     "int8": "`int8` (QAT)",
     "int8_static": "`int8_static` (QAT)",
