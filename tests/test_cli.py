@@ -90,6 +90,8 @@ MISTAKES = [
     (["train", "--model", "hadaptive_net_xs"], ["hadaptive_net_xs", "hadaptive_net_s"]),
     (["qat", "--set", "image_size=16"], ["image_size", "16", "32"]),
     (["info", "hadaptive_net"], ["hadaptive_net", "hadaptive_net_s"]),
+    (["bench", "nothing.pte"], ["nothing.pte", "no such file"]),
+    (["bench", "nothing.pte", "--core", "cortex-a7"], ["cortex-a7", "cortex-a76"]),
     (["eval", "nothing.pte"], ["nothing.pte", "no such file"]),
     (["eval", "nothing.safetensors"], ["nothing.safetensors", "no such file"]),
     (["ptq", "--set", "calibration.manifest=digitz"], ["digitz", "'digits'"]),

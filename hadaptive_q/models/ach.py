@@ -117,7 +117,8 @@ class ACH(nn.Module):
     In training the scores carry Gumbel noise times `noise` (1 as published, annealed to 0 by the training
     schedule) and the chosen channels a factor of value 1 whose gradient reaches the scorer:
     ``1 + M - stop_gradient(M)`` with ``M = softmax((xi + g) / tau)``.
-    Ties go to the lower channel index.
+    Equal scores come in the order `topk` gives them, which PyTorch leaves open; in the deploy form the lower
+    channel is first.
 
     `slot_order` "rank": slot (i, j) holds the i-th ranked times the j-th ranked channel (the authors' form);
     "channel": the chosen channels keep their channel order.

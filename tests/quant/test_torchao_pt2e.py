@@ -27,7 +27,7 @@ from hadaptive_q.quant.plan import make_plan
 from hadaptive_q.quant.program import QuantizedProgram
 from hadaptive_q.recipe import FitConfig, QuantizeConfig
 from hadaptive_q.rewrite.deploy import deploy_graph
-from hadaptive_q.rewrite.graph import aten, calls
+from hadaptive_q.rewrite.graph import aten, calls, constant
 from hadaptive_q.train.loop import Training, train
 
 FIT = FitConfig(epochs=2, batch_size=32, lr=1e-3, precision="float32")  # three steps an epoch
@@ -225,6 +225,30 @@ def test_the_program_holds_codes_and_one_dequantize_per_reader(
         weight = getattr(program.graph, str(node.args[0].target))  # type: ignore[union-attr]
         assert weight.dtype == torch.int8
         assert weight.abs().flatten(1).max(dim=1).values.tolist() == [127] * len(weight)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_biases_lie_on_the_grid_of_the_runtime(
+    trained: bool, nano_graph: GraphModule, inputs: Tensor, few_digits: ImageData
+) -> None:
+    """The runtime adds biases as integers of scale s_x s_w; left in float they would move results by a code."""
+    ready = calibrated(nano_graph, inputs)
+    if trained:
+        fit(ready, few_digits, learned=True)
+    graph = backend.convert(ready, few_digits.preprocess).graph
+    checked = 0
+    for node in calls(graph, aten.conv2d.default, aten.linear.default):
+        bias = constant(graph, node.args[2]) if len(node.args) > 2 else None
+        if bias is None or node.args[1].target != Q.dequantize_per_channel.default:  # type: ignore[union-attr]
+            continue
+        weight_scale = constant(graph, node.args[1].args[1])  # type: ignore[union-attr]
+        assert weight_scale is not None
+        integers = bias.detach().double() / (node.args[0].args[1] * weight_scale.double())  # type: ignore[union-attr, operator]
+        rounding = integers.abs() * 2**-22 + 1e-6  # the bias is kept in float32
+        assert ((integers - integers.round()).abs() <= rounding).all(), node
+        assert integers.round().any(), node
+        checked += 1
+    assert checked > 10
 
 
 def test_the_program_exports_for_one_image_in_nchw(

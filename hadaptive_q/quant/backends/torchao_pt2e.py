@@ -161,7 +161,8 @@ def snap_biases(graph: GraphModule) -> None:
     The runtime stores biases as int32 of that scale. Left in float, they would shift every accumulator of the program
     against the file's by a fraction of its step, and a few results in a thousand by one code.
     """
-    modules = dict(graph.named_modules())
+    # Duplicates too: tensors that share a scale share one quantizer under several names.
+    modules = dict(graph.named_modules(remove_duplicate=False))
     for node in graph.graph.nodes:
         bias = constant(graph, node.args[2]) if node.target in WEIGHTED and len(node.args) > 2 else None
         inputs = [modules.get(str(argument.target)) for argument in node.args[:2]] if bias is not None else []
