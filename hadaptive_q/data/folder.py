@@ -48,8 +48,8 @@ def open_folder(root: Path, image_size: int | None = None) -> ImageData:
     size = image_size or DEFAULT_IMAGE_SIZE
     val_root = next((root / name for name in _VAL_NAMES if (root / name).is_dir()), None)
     if (root / "train").is_dir() and val_root is not None:
-        classes, train = _scan(root / "train")
-        val_classes, val = _scan(val_root)
+        classes, train = _scan(root / "train", 1)
+        val_classes, val = _scan(val_root, 1)
         if val_classes != classes:
             odd = sorted(set(classes) ^ set(val_classes))
             raise UserError(
@@ -57,25 +57,25 @@ def open_folder(root: Path, image_size: int | None = None) -> ImageData:
             )
     else:
         root_of_all = root / "train" if (root / "train").is_dir() else root
-        classes, files = _scan(root_of_all)
+        classes, files = _scan(root_of_all, 2)  # one of them validates
         kept, out = held_out([label for _, label in files])
         train, val = [files[i] for i in kept], [files[i] for i in out]
     preprocess = Preprocess(image_size=size, mean=IMAGENET_MEAN, std=IMAGENET_STD, classes=classes)
     return ImageData(str(root), preprocess, FolderSplit(train, size), FolderSplit(val, size), mirror=True)
 
 
-def _scan(root: Path) -> tuple[tuple[str, ...], list[tuple[Path, int]]]:
+def _scan(root: Path, least: int) -> tuple[tuple[str, ...], list[tuple[Path, int]]]:
     folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
     if len(folders) < 2:
         raise UserError(f"--data {root}", f"{len(folders)} class folders", _LAYOUT)
     files: list[tuple[Path, int]] = []
     for label, folder in enumerate(folders):
         images = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-        if len(images) < 2:
+        if len(images) < least:
             raise UserError(
                 f"--data {folder}",
                 f"{len(images)} images",
-                "at least 2 in every class",
+                f"at least {least} in every class",
                 "add some, or remove the folder",
             )
         for path in images:

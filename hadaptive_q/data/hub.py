@@ -65,7 +65,9 @@ def open_hub(name: str, image_size: int | None = None) -> ImageData:
 def _load(name: str, where: str) -> Any:
     path = Path(name)
     try:
-        if path.suffix == ".parquet" and path.is_file():
+        if path.suffix == ".parquet":
+            if not path.is_file():
+                raise UserError(where, "no such file", "a parquet file, a folder of them, or a hub name")
             return datasets.load_dataset("parquet", data_files={"train": str(path)})
         if path.is_dir():
             shards = sorted(path.glob("**/*.parquet"))

@@ -23,7 +23,7 @@ class ConvAct(nn.Module):
         self.first, self.act, self.second = nn.Conv2d(3, 8, 3), nn.Hardswish(), nn.Conv2d(8, 4, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.second(self.act(self.first(x))).flatten(1)
+        out: torch.Tensor = self.second(self.act(self.first(x)))
         return out
 
 
