@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +15,38 @@ import pytest
 import torch
 from PIL import Image
 
+from hadaptive_q.__main__ import main
 from hadaptive_q.models.checkpoint import save_model
 from hadaptive_q.models.hadaptive_net import create_model
 
 
 def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "hadaptive_q", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd)
+    """Call the entry point as a process would, but in this one: starting Python costs seconds each time."""
+    out, err = io.StringIO(), io.StringIO()
+    code = 0
+    with (
+        warnings.catch_warnings(),
+        contextlib.chdir(cwd or Path.cwd()),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr(sys, "argv", ["hadaptive-q", *arguments])
+        try:
+            main()
+        except SystemExit as exit_:
+            code = int(exit_.code or 0)
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
+
+
+def test_a_process_of_its_own() -> None:
+    command = [sys.executable, "-m", "hadaptive_q", "qat", "--recipe", "int88"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert_one_clear_line(done, "int88", "'int8'")
+    done = subprocess.run([*command[:3], "--help"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    for name in ("train", "qat", "ptq", "eval", "bench", "import", "info", "recipes"):
+        assert name in done.stdout
 
 
 def assert_one_clear_line(done: subprocess.CompletedProcess[str], *words: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import sys
 import tempfile
@@ -38,7 +40,7 @@ class PteFile:
                 method: Any = program.load_method("forward")
         except (RuntimeError, ValueError) as error:
             raise UserError(
-                f"file {path}", f"'{_last_line(log) or error}'", "a .pte that the ExecuTorch runtime loads"
+                f"file {path}", f"'{log[-1] if log else error}'", "a .pte that the ExecuTorch runtime loads"
             ) from error
         if method is None:
             raise UserError(f"file {path}", "no method 'forward'", "a .pte written for inference")
@@ -71,19 +73,22 @@ class PteFile:
 
 
 @contextmanager
-def _native_log() -> Iterator[Path]:
-    """Send what native code prints on standard error to a file for a while: it is no message to the user."""
+def _native_log() -> Iterator[list[str]]:
+    """Collect what native code prints on standard error for a while: it is no message to the user.
+
+    The runtime writes to the file descriptor and, through its Python binding, to `sys.stderr`: both are taken.
+    """
+    lines: list[str] = []
     sys.stderr.flush()
-    with tempfile.NamedTemporaryFile() as log:
+    with tempfile.TemporaryFile() as log:
         saved = os.dup(2)
         os.dup2(log.fileno(), 2)
+        bound = io.StringIO()
         try:
-            yield Path(log.name)
+            with contextlib.redirect_stderr(bound):
+                yield lines
         finally:
             os.dup2(saved, 2)
             os.close(saved)
-
-
-def _last_line(log: Path) -> str:
-    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
-    return lines[-1] if lines else ""
+            log.seek(0)
+            lines += log.read().decode(errors="replace").splitlines() + bound.getvalue().splitlines()
