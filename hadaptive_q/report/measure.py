@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
+from hadaptive_q.lower.latency import latencies
 from hadaptive_q.lower.parity import sqnr_db
 from hadaptive_q.models.ach import ACH
 from hadaptive_q.models.cross_hadamard import CrossHadamard
@@ -21,7 +20,6 @@ from hadaptive_q.report.record import AchRecord, Latency, LayerRecord
 from hadaptive_q.rewrite.graph import module_path
 from hadaptive_q.rewrite.products import Product, chosen_indices, find_products
 
-LATENCY_RUNS, LATENCY_WARMUP = 60, 10
 OVERLAP_SEED = 0
 
 
@@ -143,22 +141,15 @@ def train_eval_overlap(model: HadaptiveNet, inputs: Tensor) -> dict[str, float]:
 
 
 def measure_latency(
-    quantized: Callable[[Tensor], Tensor], reference: Callable[[Tensor], Tensor], inputs: Tensor
+    quantized: Callable[[Tensor], Tensor], reference: Callable[[Tensor], Tensor], image: Tensor
 ) -> Latency:
-    """Time both files in alternation on one image: median and half the interquartile range, in milliseconds."""
-    times: tuple[list[float], list[float]] = ([], [])
-    for run in range(LATENCY_RUNS + LATENCY_WARMUP):
-        for run_file, kept in zip((quantized, reference), times, strict=True):
-            start = time.perf_counter()
-            run_file(inputs)
-            if run >= LATENCY_WARMUP:
-                kept.append((time.perf_counter() - start) * 1e3)
-    quarters = [statistics.quantiles(kept, n=4) for kept in times]
+    """Time both files side by side on one image."""
+    (median, spread), (float_median, float_spread) = latencies([quantized, reference], [image, image])
     return Latency(
-        host_ms_median=quarters[0][1],
-        host_ms_spread=(quarters[0][2] - quarters[0][0]) / 2,
-        float_host_ms_median=quarters[1][1],
-        float_host_ms_spread=(quarters[1][2] - quarters[1][0]) / 2,
+        host_ms_median=median,
+        host_ms_spread=spread,
+        float_host_ms_median=float_median,
+        float_host_ms_spread=float_spread,
     )
 
 
