@@ -15,7 +15,8 @@ from hadaptive_q.lower.runtime import PteFile
 def bench_files(files: Sequence[Path], cores: Sequence[str], operators: bool = False) -> list[dict[str, Any]]:
     """Return, for every file, `file`, `bytes`, `host_ms_median`, `host_ms_spread` and `arm` by core.
 
-    Latency is that of `lower.latency`. `arm` holds `instructions` and `by_class`, and `operators` (summed by name) where wanted.
+    Latency is that of `lower.latency`. `arm` holds `instructions` and `by_class`, and where wanted `operators`, summed
+    by name.
     Raises UserError for a file that the runtime refuses, an unknown core or a missing emulator.
     """
     loaded = [PteFile(file) for file in files]
