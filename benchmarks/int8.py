@@ -20,7 +20,7 @@ from stock import stock_float, stock_int8
 
 from hadaptive_q.atomic import output_folder, write_bytes, write_text
 from hadaptive_q.data.calibration import batches, find_manifest, resolve
-from hadaptive_q.data.datasets import open_data
+from hadaptive_q.data.sources import open_data
 from hadaptive_q.lower.parity import agreement, compare, sqnr_db, top1
 from hadaptive_q.lower.runtime import PteFile
 from hadaptive_q.models.checkpoint import load_model

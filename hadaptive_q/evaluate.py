@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from hadaptive_q.data.datasets import open_data
+from hadaptive_q.data.sources import open_data
 from hadaptive_q.errors import UserError
 from hadaptive_q.lower.parity import top1, topk
 from hadaptive_q.lower.runtime import PteFile

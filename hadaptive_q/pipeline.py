@@ -19,7 +19,8 @@ from torch.fx import GraphModule
 
 from hadaptive_q import atomic
 from hadaptive_q.data.calibration import Manifest, batches, find_manifest, resolve
-from hadaptive_q.data.datasets import ImageData, open_data
+from hadaptive_q.data.datasets import ImageData
+from hadaptive_q.data.sources import open_data
 from hadaptive_q.data.transforms import normalise
 from hadaptive_q.errors import UserError
 from hadaptive_q.lower.executorch import Lowered, lower

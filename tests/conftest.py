@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from hadaptive_q.data.datasets import ImageData, TensorSplit, open_data
+from hadaptive_q.data.datasets import ImageData, TensorSplit
+from hadaptive_q.data.sources import open_data
 from hadaptive_q.data.transforms import normalise
 from hadaptive_q.models.ach import DySoft
 from hadaptive_q.models.hadaptive_net import HadaptiveNet, create_model

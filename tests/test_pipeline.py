@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hadaptive_q.data.datasets import open_data
+from hadaptive_q.data.sources import open_data
 from hadaptive_q.errors import UserError
 from hadaptive_q.evaluate import evaluate_file
 from hadaptive_q.models.checkpoint import load_model, save_model

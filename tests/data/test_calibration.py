@@ -7,7 +7,8 @@ import torch
 import yaml
 
 from hadaptive_q.data.calibration import Manifest, batches, find_manifest, read_manifest, resolve
-from hadaptive_q.data.datasets import ImageData, TensorSplit, digest, open_data
+from hadaptive_q.data.datasets import ImageData, TensorSplit, digest
+from hadaptive_q.data.sources import open_data
 from hadaptive_q.data.transforms import normalise
 from hadaptive_q.errors import UserError
 from hadaptive_q.recipe import shipped

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hadaptive_q.data.datasets import ImageData, TensorSplit, digest, held_out, open_data
+from hadaptive_q.data.datasets import ImageData, TensorSplit, digest, held_out
+from hadaptive_q.data.sources import open_data
 from hadaptive_q.errors import UserError
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from hadaptive_q.data import glyphs
-from hadaptive_q.data.datasets import ImageData, TensorSplit, digest, open_data
+from hadaptive_q.data.datasets import ImageData, TensorSplit, digest
+from hadaptive_q.data.sources import open_data
 
 
 @pytest.fixture

@@ -13,7 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from hadaptive_q.data.datasets import digest, open_data
+from hadaptive_q.data.datasets import digest
+from hadaptive_q.data.sources import open_data
 from hadaptive_q.errors import UserError
 
 NAMES = ["cat", "dog"]
