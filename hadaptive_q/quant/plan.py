@@ -15,10 +15,9 @@ from torch.fx import GraphModule, Node
 
 from hadaptive_q.quant.formats import ActivationFormat, WeightFormat
 from hadaptive_q.recipe import QuantizeConfig
-from hadaptive_q.rewrite.graph import aten, constant
+from hadaptive_q.rewrite.graph import ACTIVATIONS, aten, constant
 
 WEIGHTED = (aten.conv2d.default, aten.linear.default)
-ACTIVATIONS = (aten.hardswish.default, aten.hardswish_.default)
 # Other views (space to depth, the reshapes of a selection) carry floats: what a layer reads is quantized behind them.
 VIEWS = (aten.flatten.using_ints, aten.dropout.default)
 

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 aten = torch.ops.aten
+# Element-wise activations of a layer, whatever its channels.
+ACTIVATIONS = (aten.hardswish.default, aten.hardswish_.default)
 
 
 def trace(model: nn.Module, image_size: int) -> GraphModule:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from hadaptive_q.rewrite.graph import aten, constant
+from hadaptive_q.rewrite.graph import ACTIVATIONS, aten, constant
 
 _ELEMENTWISE = {
-    *(aten.hardswish.default, aten.hardswish_.default, aten.abs.default, aten.neg.default, aten.clamp.default),
+    *(*ACTIVATIONS, aten.abs.default, aten.neg.default, aten.clamp.default),
     *(aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.div.Tensor),
 }
 

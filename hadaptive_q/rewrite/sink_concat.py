@@ -11,9 +11,7 @@ from __future__ import annotations
 from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
-from hadaptive_q.rewrite.graph import add_parameter, aten, calls, constant, finish, is_depthwise
-
-_ELEMENTWISE = (aten.hardswish.default, aten.hardswish_.default)
+from hadaptive_q.rewrite.graph import ACTIVATIONS, add_parameter, aten, calls, constant, finish, is_depthwise
 
 
 def sink_concat(graph: GraphModule) -> int:
@@ -32,7 +30,7 @@ def _sink(graph: GraphModule, cat: Node) -> bool:
         return False
     user = next(iter(cat.users))
     nodes = [part for part in parts if isinstance(part, Node)]
-    if user.target in _ELEMENTWISE:
+    if user.target in ACTIVATIONS:
         # Out of place: on the concatenation it wrote to a fresh tensor, on a part it would change other readers.
         moved = [_repeat(graph, user, aten.hardswish.default, (part,)) for part in nodes]
     elif is_depthwise(graph, user):

@@ -15,7 +15,6 @@ from torch.fx import GraphModule, Node
 from hadaptive_q.rewrite.graph import add_parameter, aten, calls, constant, conv_settings, finish, is_depthwise
 
 MAX_TAPS = 25
-_DEFAULTS = (None, None, None, [1, 1], [0, 0], [1, 1], 1)
 
 
 def split_depthwise(graph: GraphModule) -> int:
