@@ -30,6 +30,8 @@ from hadaptive_q.models.checkpoint import load_model, read_training_key, save_mo
 from hadaptive_q.models.config import VARIANTS
 from hadaptive_q.models.hadaptive_net import HadaptiveNet, create_model
 from hadaptive_q.quant.backends import torchao_pt2e as backend
+from hadaptive_q.quant.backends.torchao_pt2e import Calibrated
+from hadaptive_q.quant.damping import oscillation_damping
 from hadaptive_q.quant.plan import make_plan
 from hadaptive_q.quant.program import QuantizedProgram, export_graph
 from hadaptive_q.recipe import Recipe
@@ -39,8 +41,9 @@ from hadaptive_q.report.render import write_report_pages
 from hadaptive_q.rewrite.deploy import deploy_graph
 from hadaptive_q.rewrite.drop_no_ops import drop_no_ops
 from hadaptive_q.rewrite.freeze_selection import freeze_selection
-from hadaptive_q.train.distill import distillation
 from hadaptive_q.train.loop import Training, discard_state, predict, train
+from hadaptive_q.train.losses import fit_loss, float_loss
+from hadaptive_q.train.observe import ObservedGraph, ObservedModel
 
 LAYER_SAMPLES = 256
 
@@ -85,10 +88,11 @@ def quantize(recipe: Recipe, out: Path, checkpoint: Path | None = None) -> Repor
     if recipe.quantize.selection == "static":
         chosen = freeze_selection(model, batches(manifest, data, recipe.calibration.batch_size))
         atomic.write_text(out / "selection.json", json.dumps(chosen) + "\n")
-    program = quantized_program(recipe, model, data, manifest, out)
+    program = quantized_program(recipe, model, data, manifest, out, teacher=reference.model)
     deploy = deploy_graph(model, data.preprocess.image_size)
 
-    float_graph = copy.deepcopy(deploy)
+    # The float file is the network as trained, whose selection is not frozen.
+    float_graph = deploy_graph(reference.model, data.preprocess.image_size)
     drop_no_ops(float_graph)
     float_pte = lower(export_graph(float_graph, data.preprocess.image_size))
     quantized_pte = lower(program.export())
@@ -102,20 +106,22 @@ def quantize(recipe: Recipe, out: Path, checkpoint: Path | None = None) -> Repor
 
 
 def quantized_program(
-    recipe: Recipe, model: HadaptiveNet, data: ImageData, manifest: Manifest, out: Path
+    recipe: Recipe, model: HadaptiveNet, data: ImageData, manifest: Manifest, out: Path, teacher: HadaptiveNet
 ) -> QuantizedProgram:
-    """Prepare, calibrate, fit where the recipe trains, and convert `model`."""
+    """Prepare, calibrate, fit where the recipe trains, and convert `model`; `teacher` is the network as trained."""
     graph = deploy_graph(model, data.preprocess.image_size)
     prepared = backend.prepare(graph, make_plan(graph, recipe.quantize), recipe.quantize.observer)
     calibrated = backend.calibrate(prepared, batches(manifest, data, recipe.calibration.batch_size))
     if recipe.fit:
-        _fit(recipe, calibrated, model, data, out)
+        _fit(recipe, calibrated, teacher, data, manifest, out)
     # save_model, not save_file: tensors that share a scale share one fake-quantizer.
     atomic.write_with(out / "quantized.safetensors", lambda path: save_tensors(calibrated.graph, str(path)))
     return backend.convert(calibrated, data.preprocess)
 
 
-def _fit(recipe: Recipe, calibrated: backend.Calibrated, teacher: HadaptiveNet, data: ImageData, out: Path) -> None:
+def _fit(
+    recipe: Recipe, calibrated: Calibrated, teacher: HadaptiveNet, data: ImageData, manifest: Manifest, out: Path
+) -> None:
     fit = recipe.fit
     assert fit is not None
 
@@ -123,17 +129,22 @@ def _fit(recipe: Recipe, calibrated: backend.Calibrated, teacher: HadaptiveNet, 
         if epoch >= fit.freeze_ranges * fit.epochs:
             backend.freeze_ranges(calibrated)
 
+    live = batches(manifest, data, recipe.calibration.batch_size) if fit.batch_norm == "live" else None
+    backend.start_fit(calibrated, recipe.quantize.ranges == "learned", live)
     training = Training(
         config=fit,
         seed=recipe.seed + 1,
         title="qat",
         state_file=out / "qat.state",
         key=f"{recipe.digest()} {_weights_digest(teacher)}",
-        loss=distillation(teacher.eval(), fit.distill, fit.label_smoothing),
+        loss=fit_loss(
+            fit,
+            ObservedModel(teacher.eval()),
+            oscillation_damping(calibrated.graph, fit.damping) if fit.damping else None,
+        ),
         on_epoch=on_epoch,
     )
-    backend.start_fit(calibrated, learned=recipe.quantize.ranges == "learned")
-    train(calibrated.graph, data, training)
+    train(ObservedGraph(calibrated.graph, teacher.config.slot_order), data, training)
     backend.end_fit(calibrated)
     discard_state(training)
 
@@ -176,8 +187,8 @@ def _trained(recipe: Recipe, data: ImageData, out: Path) -> HadaptiveNet:
     torch.manual_seed(recipe.seed)
     model = create_model(recipe.model, data.num_classes, slot_order=recipe.slot_order)
     model.preprocess = data.preprocess
-    training = Training(recipe.float, recipe.seed, "float", out / "float.state", key)
-    train(model.train(), data, training)
+    training = Training(recipe.float, recipe.seed, "float", out / "float.state", key, float_loss(recipe.float))
+    train(ObservedModel(model).train(), data, training)
     save_model(model, target, key)
     discard_state(training)
     return model

@@ -37,6 +37,13 @@ class AugmentConfig(_Section):
     mirror: bool = True
 
 
+class MarginConfig(_Section):
+    """The gap wanted between the scores that decide a selection, in units of X~, and the weight of that wish."""
+
+    gap: PositiveFloat = 0.1
+    weight: NonNegativeFloat = 0.0
+
+
 class TrainConfig(_Section):
     """One training: the float network's, or the fine-tuning under quantization."""
 
@@ -48,6 +55,7 @@ class TrainConfig(_Section):
     label_smoothing: Share = 0.1
     ema: Share = 0.0
     noise_until: Annotated[float, Field(ge=0, le=1)] = 0.7
+    margin: MarginConfig = MarginConfig()
     augment: AugmentConfig = AugmentConfig()
     precision: Literal["auto", "float32", "bf16", "fp16"] = "auto"
 
@@ -71,10 +79,17 @@ class QuantizeConfig(_Section):
 
 
 class FitConfig(TrainConfig):
-    """Quantization-aware fine-tuning."""
+    """Quantization-aware fine-tuning.
+
+    `distill` is the share of the float network's logits in the loss, `distill_features` the weight of its blocks'
+    outputs; `damping` holds weights near the code they have; BatchNorm stays `folded` or goes on `live`.
+    """
 
     freeze_ranges: Annotated[float, Field(ge=0, le=1)] = 0.5
     distill: Annotated[float, Field(ge=0, le=1)] = 0.0
+    distill_features: NonNegativeFloat = 0.0
+    damping: NonNegativeFloat = 0.0
+    batch_norm: Literal["folded", "live"] = "folded"
 
 
 class Recipe(_Section):

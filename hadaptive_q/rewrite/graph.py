@@ -113,10 +113,15 @@ def finish(graph: GraphModule) -> None:
     graph.recompile()
 
 
+def module_paths(node: Node) -> list[str]:
+    """Return the dotted names of the modules that `node` came from, the outermost first."""
+    return [str(path) for path, *_ in (node.meta.get("nn_module_stack") or {}).values()]
+
+
 def module_path(node: Node) -> str:
     """Return the dotted name of the innermost module that `node` came from, or an empty string."""
-    stack = node.meta.get("nn_module_stack")
-    return str(list(stack.values())[-1][0]) if stack else ""
+    paths = module_paths(node)
+    return paths[-1] if paths else ""
 
 
 def set_dropout(graph: GraphModule, active: bool) -> None:

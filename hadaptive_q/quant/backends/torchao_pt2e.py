@@ -30,6 +30,7 @@ from hadaptive_q.quant.fake_quant import (
     weight_constructor,
 )
 from hadaptive_q.quant.formats import ActivationFormat, WeightFormat
+from hadaptive_q.quant.live_batch_norm import refold_batch_norm, unfold_batch_norm
 from hadaptive_q.quant.observers import ObserverName
 from hadaptive_q.quant.plan import WEIGHTED, Plan
 from hadaptive_q.quant.program import QuantizedProgram
@@ -132,8 +133,10 @@ def calibrate(prepared: Prepared, batches: Iterable[Tensor]) -> Calibrated:
     return Calibrated(prepared.graph, prepared.plan)
 
 
-def start_fit(calibrated: Calibrated, learned: bool) -> None:
-    """Make ready for training: dropout on, ranges learned or following the batches."""
+def start_fit(calibrated: Calibrated, learned: bool, live: Iterable[Tensor] | None = None) -> None:
+    """Make ready for training: dropout on, ranges learned or following the batches, BatchNorm live over `live`."""
+    if live is not None:
+        unfold_batch_norm(calibrated.graph, live)
     set_dropout(calibrated.graph, active=True)
     for quantizer in activation_quantizers(calibrated.graph):
         quantizer.learn(learned)
@@ -148,7 +151,8 @@ def freeze_ranges(calibrated: Calibrated) -> None:
 
 
 def end_fit(calibrated: Calibrated) -> None:
-    """Back to eval behaviour: dropout off, ranges fixed."""
+    """Back to eval behaviour: BatchNorm folded, dropout off, ranges fixed."""
+    refold_batch_norm(calibrated.graph)
     freeze_ranges(calibrated)
     set_dropout(calibrated.graph, active=False)
     snap_biases(calibrated.graph)
