@@ -1,0 +1,101 @@
+"""What each part of the INT8 recipe is worth: one field changed at a time, on the same float model and data.
+
+    python benchmarks/ablation.py --data glyphs
+
+Every figure comes from running the written file in the ExecuTorch runtime over the whole validation split; the stock
+recipe stands beside. A row that is already in the output folder is not repeated. Writes
+benchmarks/results/ablation.json and the table in README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rows import ROOT, Row, markdown, run, stock_row, write_results, write_section
+
+from hadaptive_q.recipe import load_recipe
+
+# What is changed in `int8`; a second row for the same field is a second value of it.
+CHANGES: dict[str, tuple[str, ...]] = {
+    "`int8`": (),
+    "no training (`int8_ptq`)": ("int8_ptq",),
+    "labels only, no distillation": ("fit.distill=0.0", "fit.distill_features=0.0"),
+    "logits only": ("fit.distill_features=0.0",),
+    "half labels": ("fit.distill=0.5",),
+    "no margin in QAT": ("fit.margin.weight=0.0",),
+    "oscillation damping": ("fit.damping=0.01",),
+    "EMA of weights": ("fit.ema=0.98",),
+    "BatchNorm live": ("fit.batch_norm=live",),
+    "ranges follow the batches": ("quantize.ranges=observed",),
+    "ranges never frozen": ("fit.freeze_ranges=1.0",),
+    "ranges frozen from the start": ("fit.freeze_ranges=0.0",),
+    "`observer: minmax`": ("quantize.observer=minmax",),
+    "`observer: mse`": ("quantize.observer=mse",),
+    "`observer: histogram`": ("quantize.observer=histogram",),
+    "`selection: static`": ("quantize.selection=static",),
+}
+EPOCHS = {"glyphs": (10, 2)}
+COLUMNS = (
+    "changed in `int8`",
+    "drop",
+    "file = float",
+    "logit SQNR, file to float",
+    "file = program",
+    "logit SQNR, file to program",
+    "set / rank flips",
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", default="glyphs")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--checkpoint", type=Path, help="the float model; trained by the recipe unless given")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "ablation")
+    parser.add_argument("--render", action="store_true", help="only write the README table from the results")
+    arguments = parser.parse_args()
+    if not arguments.render:
+        write_results("ablation", _rows(arguments.data, arguments.seed, arguments.out, arguments.checkpoint))
+    write_section("ablation", _table)
+
+
+def _rows(data: str, seed: int, out: Path, checkpoint: Path | None) -> list[Row]:
+    rows: list[Row] = []
+    for index, (title, change) in enumerate(CHANGES.items()):
+        name, *settings = change if change and "=" not in change[0] else ("int8", *change)
+        folder = out / f"{data}-{seed}-{index:02}"
+        recipe = load_recipe(name, [f"data={data}", f"seed={seed}", *_epochs(name, data), *settings])
+        rows.append({"change": title, "settings": list(change), **run(recipe, folder, checkpoint)})
+        checkpoint = checkpoint or folder / "float.safetensors"
+    assert checkpoint is not None
+    stock = stock_row(data, seed, checkpoint, out / f"{data}-{seed}-stock.json")
+    return [*rows, {"change": "stock `XNNPACKQuantizer` PTQ", "settings": [], **stock}]
+
+
+def _epochs(name: str, data: str) -> list[str]:
+    if data not in EPOCHS:
+        return []
+    trained, fitted = EPOCHS[data]
+    return [f"float.epochs={trained}"] + ([f"fit.epochs={fitted}"] if load_recipe(name).fit else [])
+
+
+def _table(rows: list[Row]) -> str:
+    return markdown(COLUMNS, [_line(row) for row in rows])
+
+
+def _line(row: Row) -> tuple[str, ...]:
+    flips = f"{100 * row['set_flip_rate']:.1f} / {100 * row['rank_flip_rate']:.1f} %" if "set_flip_rate" in row else ""
+    return (
+        row["change"],
+        f"{row['float_top1'] - row['file_top1']:+.2f}",
+        f"{100 * row['file_float_agreement']:.2f} %",
+        f"{row['file_float_sqnr_db']:.1f} dB",
+        f"{100 * row['file_program_agreement']:.2f} %",
+        f"{row['file_program_sqnr_db']:.1f} dB",
+        flips,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""Rows of the accuracy tables: a run of ours, the stock recipe on the same float model, and where they are kept."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from stock import stock_float, stock_int8
+
+from hadaptive_q.atomic import output_folder, write_bytes, write_text
+from hadaptive_q.data.calibration import batches, find_manifest, resolve
+from hadaptive_q.data.sources import open_data
+from hadaptive_q.lower.parity import agreement, compare, sqnr_db, top1
+from hadaptive_q.lower.runtime import PteFile
+from hadaptive_q.models.checkpoint import load_model
+from hadaptive_q.pipeline import quantize
+from hadaptive_q.recipe import Recipe
+from hadaptive_q.report.record import Report
+from hadaptive_q.train.loop import predict
+
+ROOT = Path(__file__).parent.parent
+RESULTS, README = ROOT / "benchmarks" / "results", ROOT / "README.md"
+
+Row = dict[str, Any]
+
+
+def run(recipe: Recipe, folder: Path, checkpoint: Path | None) -> Row:
+    """Return the figures of `recipe`, run into `folder` unless that very recipe already was."""
+    report = folder / "report.json"
+    if not report.is_file() or Report.model_validate_json(report.read_text()).recipe_digest != recipe.digest():
+        quantize(recipe, folder, checkpoint)
+    return _shown(_from_report(Report.model_validate_json(report.read_text())))
+
+
+def _from_report(report: Report) -> Row:
+    choosing = [ach for ach in report.ach if ach.selection == "dynamic"]
+    return {
+        "model": report.model,
+        "data": report.data,
+        "seed": report.seed,
+        "recipe": report.recipe,
+        "float_top1": report.accuracy.float_top1,
+        "program_top1": report.accuracy.quantized_top1,
+        "file_top1": report.accuracy.pte_top1,
+        "file_program_agreement": report.parity.top1_agreement,
+        "file_program_sqnr_db": report.parity.sqnr_db,
+        "file_float_agreement": report.parity.float_agreement,
+        "file_float_sqnr_db": report.parity.float_sqnr_db,
+        "set_flip_rate": statistics.fmean(a.flip_rate for a in choosing) if choosing else 0.0,
+        "rank_flip_rate": statistics.fmean(a.rank_flip_rate for a in choosing) if choosing else 0.0,
+        "bytes": report.size.pte_bytes,
+        "float_bytes": report.size.float_pte_bytes,
+        "samples": report.accuracy.samples,
+    }
+
+
+def stock_row(data_name: str, seed: int, checkpoint: Path, kept: Path) -> Row:
+    """Return the figures of the stock recipe on the same float model, calibrated on the very same samples."""
+    if kept.is_file():
+        return _shown(json.loads(kept.read_text()))
+    model = load_model(checkpoint)
+    preprocess = model.preprocess
+    assert preprocess is not None
+    data = open_data(data_name, preprocess.image_size)
+    manifest = resolve(find_manifest("auto", data), data)
+    program, file = stock_int8(model, batches(manifest, data, 64), preprocess.image_size)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "stock.pte"
+        write_bytes(path, file)
+        shipped = PteFile(path).predict(data.val, preprocess)
+    reference, labels = predict(model, data.val, preprocess)
+    converted, _ = predict(program, data.val, preprocess)
+    parity = compare(converted, shipped, 1.0)
+    row = {
+        "model": model.config.name,
+        "data": data.name,
+        "seed": seed,
+        "recipe": "stock",
+        "float_top1": top1(reference, labels),
+        "program_top1": top1(converted, labels),
+        "file_top1": top1(shipped, labels),
+        "file_program_agreement": parity.top1_agreement,
+        "file_program_sqnr_db": parity.sqnr_db,
+        "file_float_agreement": agreement(reference, shipped),
+        "file_float_sqnr_db": sqnr_db(reference, shipped),
+        "bytes": len(file),
+        "float_bytes": len(stock_float(model, preprocess.image_size)),
+        "samples": len(labels),
+    }
+    write_text(kept, json.dumps(row))
+    return _shown(row)
+
+
+def _shown(row: Row) -> Row:
+    print(json.dumps(row), file=sys.stderr, flush=True)
+    return row
+
+
+def write_results(name: str, rows: list[Row]) -> None:
+    """Keep `rows` as results/NAME.json."""
+    output_folder(RESULTS)
+    write_text(RESULTS / f"{name}.json", json.dumps(rows, indent=1) + "\n")
+
+
+def write_section(name: str, table: Callable[[list[Row]], str]) -> None:
+    """Write the table of results/NAME.json between its marks in the README."""
+    rows = json.loads((RESULTS / f"{name}.json").read_text())
+    start, end = f"<!-- results:{name} -->", f"<!-- /results:{name} -->"
+    before, rest = README.read_text().split(start)
+    write_text(README, f"{before}{start}\n{table(rows)}\n{end}{rest.split(end)[1]}")
+
+
+def markdown(columns: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
+    """Return a table of texts."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (columns, ("---",) * len(columns), *lines))
