@@ -57,10 +57,14 @@ def feature_error(target: Observed, seen: Observed) -> Tensor:
 
 
 def margin_shortfall(gaps: list[Tensor], wanted: float) -> Tensor:
-    """Return by how much gaps fall short of `wanted`: ``mean max(0, 1 - gap / wanted)``, 0 where there are none."""
+    """Return by how much gaps `(B, K)` fall short of `wanted`: ``sum_k max(0, 1 - gap_k / wanted)``, mean over images
+    and ACH modules; 0 where there are none.
+
+    A sum, because every channel that crowds the line between chosen and refused has to leave it.
+    """
     if not gaps:
         return torch.zeros(())
-    return torch.stack([F.relu(1 - gap / wanted).mean() for gap in gaps]).mean()
+    return torch.stack([F.relu(1 - gap / wanted).sum(dim=1).mean() for gap in gaps]).mean()
 
 
 def _divergence(target: Tensor, logits: Tensor) -> Tensor:

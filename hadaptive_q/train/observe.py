@@ -28,16 +28,22 @@ class Observed(NamedTuple):
 
 
 def score_gaps(scores: Tensor, weight: Tensor, cs: int, slot_order: SlotOrder) -> Tensor:
-    """Return the gaps that decide a selection, in units of X~: ``(xi_(r) - xi_(r+1)) / |w|``, `w` the scorer's weights.
+    """Return the gaps that decide a selection, in units of X~: differences of `scores` (B, C) over ``|w|``.
 
-    In rank order every gap from the first chosen to the first refused channel counts, `(B, cs)`; in channel order
-    only the last of them, `(B, 1)`. Divided by the norm of `w`: an error of the channels' means reaches the scores
-    times that norm, so larger weights widen nothing.
-    Where every channel is chosen none is refused, and the last gap is missing.
+    In rank order every gap from the first chosen to the first refused channel, ``xi_(r) - xi_(r+1)``, `(B, cs)`. In
+    channel order ranks do not matter, but the line between chosen and refused does: ``2 |xi_c - t|`` with
+    ``t = (xi_(cs) + xi_(cs+1)) / 2``, `(B, C)`; the gap between the two channels next to it is there twice.
+    `w` are the scorer's weights: an error of the channels' means reaches the scores times their norm, so larger
+    weights widen nothing. Where every channel is chosen none is refused, and that gap or line is missing.
     """
     top = scores.topk(min(cs + 1, scores.shape[1]), dim=1).values
-    gaps: Tensor = (top[:, :-1] - top[:, 1:]) / weight.norm()
-    return gaps if slot_order == "rank" else gaps[:, cs - 1 :]
+    if slot_order == "rank":
+        gaps = top[:, :-1] - top[:, 1:]
+    elif cs < scores.shape[1]:
+        gaps = 2 * (scores - top[:, -2:].mean(dim=1, keepdim=True).detach()).abs()
+    else:
+        gaps = scores[:, :0]
+    return gaps / weight.norm()  # type: ignore[no-any-return]
 
 
 class ObservedModel(nn.Module):

@@ -42,7 +42,8 @@ def test_gaps_by_hand() -> None:
     scores = torch.tensor([[0.1, 0.7, 0.4, 0.0]])
     weight = torch.tensor([[[3.0, 4.0]]])
     torch.testing.assert_close(score_gaps(scores, weight, 2, "rank"), torch.tensor([[0.3, 0.3]]) / 5)
-    torch.testing.assert_close(score_gaps(scores, weight, 2, "channel"), torch.tensor([[0.3]]) / 5)
+    # The line lies between 0.4 and 0.1.
+    torch.testing.assert_close(score_gaps(scores, weight, 2, "channel"), torch.tensor([[0.3, 0.9, 0.3, 0.5]]) / 5)
     assert score_gaps(scores, weight, 4, "rank").shape == (1, 3)
     assert score_gaps(scores, weight, 4, "channel").shape == (1, 0)
 
