@@ -45,7 +45,7 @@ def find_products(graph: GraphModule) -> list[Product]:
     """Return every cross-Hadamard product, indexed or rolled, in the order of the data."""
     found = []
     for node in calls(graph, aten.mul.Tensor, aten.cat.default):
-        z = _indexed_operand(node) if node.target == aten.mul.Tensor else _rolled_operand(node)
+        z = indexed_operand(node) if node.target == aten.mul.Tensor else _rolled_operand(node)
         if z is not None:
             z = _unscaled(z)
             mixed, choice = _source(z)
@@ -54,7 +54,7 @@ def find_products(graph: GraphModule) -> list[Product]:
     return found
 
 
-def _indexed_operand(mul: Node) -> Node | None:
+def indexed_operand(mul: Node) -> Node | None:
     """Return `Z` of ``Z[:, i] * Z[:, j]``."""
     operands = [a for a in mul.args if isinstance(a, Node) and a.target == aten.index.Tensor]
     if len(operands) != 2 or operands[0].args[0] is not operands[1].args[0]:
