@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchao.quantization.pt2e import FakeQuantizeBase
 
 from hadaptive_q.quant.formats import SMALLEST_SCALE, ActivationFormat, WeightFormat
-from hadaptive_q.quant.observers import ObserverName, RangeObserver
+from hadaptive_q.quant.observers import RangeName, RangeObserver
 
 MOVING_AVERAGE = 0.02
 
@@ -60,9 +60,7 @@ class ActivationFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
     qscheme = torch.per_tensor_affine
     is_dynamic = False
 
-    def __init__(
-        self, observer: ObserverName = "minmax", quant_min: int = -128, quant_max: int = 127, **_: Any
-    ) -> None:
+    def __init__(self, observer: RangeName = "minmax", quant_min: int = -128, quant_max: int = 127, **_: Any) -> None:
         super().__init__()
         self.quant_min, self.quant_max = quant_min, quant_max
         self.observer = RangeObserver(observer, quant_max - quant_min + 1)
@@ -83,10 +81,14 @@ class ActivationFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
 
     def fix(self) -> None:
         """End observation: compute the scale and quantize from now on."""
-        self.low, self.high = (end.clone() for end in self.observer.range())
-        self._set_qparams()
+        self.set_range(*self.observer.range())
         self.disable_observer()
         self.enable_fake_quant()
+
+    def set_range(self, low: Tensor, high: Tensor) -> None:
+        """Let the codes cover (low, high)."""
+        self.low, self.high = low.clone(), high.clone()
+        self._set_qparams()
 
     def learn(self, active: bool) -> None:
         """Let the optimizer move the scale, or stop it."""
@@ -162,7 +164,7 @@ class PerChannelWeightFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
         self.zero_point = torch.zeros_like(scale, dtype=torch.int32)
 
 
-def activation_constructor(form: ActivationFormat, observer: ObserverName) -> Any:
+def activation_constructor(form: ActivationFormat, observer: RangeName) -> Any:
     """Return the constructor torchao calls for every quantized tensor."""
     low, high = form.code_range
     return ActivationFakeQuantize.with_args(observer=observer, quant_min=low, quant_max=high)

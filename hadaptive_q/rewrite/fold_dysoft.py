@@ -46,6 +46,26 @@ def fold_dysoft(graph: GraphModule) -> int:
     return count
 
 
+def stored_range(graph: GraphModule, stored: Node) -> tuple[float, float] | None:
+    """Return the interval that a folded DySoft never leaves, whatever its input, or None if `stored` is none.
+
+    Formula: ``[min_p (shift_p - share_p), max_p (shift_p + share_p)]``, as ``|u| < 1``.
+    """
+    outer = split_constant(graph, stored) if stored.target == aten.add.Tensor else None
+    if outer is None:
+        return None
+    shift, ratio = outer
+    share = torch.ones_like(shift)
+    if ratio.target == aten.mul.Tensor:
+        inner = split_constant(graph, ratio)
+        if inner is None:
+            return None
+        share, ratio = inner
+    if ratio.target != aten.div.Tensor:
+        return None
+    return float((shift - share.abs()).min()), float((shift + share.abs()).max())
+
+
 def _match(graph: GraphModule, last: Node) -> _Match | None:
     outer = split_constant(graph, last)
     if outer is None or outer[1].target != aten.mul.Tensor:
