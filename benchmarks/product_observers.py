@@ -96,9 +96,10 @@ def _row(
     seconds = time.perf_counter() - start
     with torch.no_grad():
         wanted, found = (torch.cat([g(part) for part in inputs.split(BATCH)]) for g in (reference, calibrated.graph))
-    own = {p.name: _own_sqnr(reference, calibrated.graph, p, inputs[:LAYER_IMAGES]) for p in find_products(reference)}
+    some = inputs[:: max(1, len(inputs) // LAYER_IMAGES)]
+    own = {p.name: _own_sqnr(reference, calibrated.graph, p, some) for p in find_products(reference)}
     program = backend.convert(calibrated, data.preprocess)
-    blocks = measure_ach(reference, program, inputs[:: max(1, len(inputs) // LAYER_IMAGES)], {})
+    blocks = measure_ach(reference, program, some, {})
     return {
         "model": model.config.name,
         "data": data.name,

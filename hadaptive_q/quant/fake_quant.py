@@ -6,6 +6,7 @@ fake-quantized network in eval mode and the converted program agree bit for bit.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -60,10 +61,17 @@ class ActivationFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
     qscheme = torch.per_tensor_affine
     is_dynamic = False
 
-    def __init__(self, observer: RangeName = "minmax", quant_min: int = -128, quant_max: int = 127, **_: Any) -> None:
+    def __init__(
+        self,
+        observer: RangeName = "minmax",
+        quant_min: int = -128,
+        quant_max: int = 127,
+        floor: float = -math.inf,
+        **_: Any,
+    ) -> None:
         super().__init__()
         self.quant_min, self.quant_max = quant_min, quant_max
-        self.observer = RangeObserver(observer, quant_max - quant_min + 1)
+        self.observer = RangeObserver(observer, quant_max - quant_min + 1, floor)
         self.scale = nn.Parameter(torch.ones(1), requires_grad=False)
         self.register_buffer("zero_point", torch.zeros(1, dtype=torch.int32))
         self.register_buffer("low", torch.zeros(()))
@@ -112,7 +120,7 @@ class ActivationFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
     @torch.no_grad()
     def _follow(self, x: Tensor) -> None:
         low, high = x.aminmax()
-        self.low.lerp_(low.clamp_max(0), MOVING_AVERAGE)
+        self.low.lerp_(low.clamp(self.observer.floor, 0), MOVING_AVERAGE)
         self.high.lerp_(high.clamp_min(0), MOVING_AVERAGE)
         self._set_qparams()
 
@@ -164,10 +172,10 @@ class PerChannelWeightFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
         self.zero_point = torch.zeros_like(scale, dtype=torch.int32)
 
 
-def activation_constructor(form: ActivationFormat, observer: RangeName) -> Any:
-    """Return the constructor torchao calls for every quantized tensor."""
+def activation_constructor(form: ActivationFormat, observer: RangeName, floor: float = -math.inf) -> Any:
+    """Return the constructor torchao calls for a quantized tensor whose values below `floor` are all alike."""
     low, high = form.code_range
-    return ActivationFakeQuantize.with_args(observer=observer, quant_min=low, quant_max=high)
+    return ActivationFakeQuantize.with_args(observer=observer, quant_min=low, quant_max=high, floor=floor)
 
 
 def weight_constructor(form: WeightFormat) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -25,15 +26,15 @@ class RangeObserver(nn.Module):
     """Watch batches of a tensor and propose `(low, high)`, which always contains 0.
 
     "minmax" covers everything seen. "mse" and "histogram" clip where that lowers the mean squared error of
-    quantization, over a sample of the values or over a histogram of them all.
+    quantization, over a sample of the values or over a histogram of them all. Values below `floor` count as `floor`.
     """
 
     low: Tensor
     high: Tensor
 
-    def __init__(self, name: RangeName, levels: int) -> None:
+    def __init__(self, name: RangeName, levels: int, floor: float = -math.inf) -> None:
         super().__init__()
-        self.name, self.levels = name, levels
+        self.name, self.levels, self.floor = name, levels, floor
         self.register_buffer("low", torch.tensor(0.0))
         self.register_buffer("high", torch.tensor(0.0))
         self.samples: list[Tensor] = []
@@ -45,7 +46,8 @@ class RangeObserver(nn.Module):
         low, high = x.aminmax()
         if not (low.isfinite() and high.isfinite()):
             raise FloatingPointError("NaN or infinity")
-        self.low.copy_(torch.minimum(self.low, low))
+        x = x.clamp_min(self.floor)
+        self.low.copy_(torch.minimum(self.low, low.clamp_min(self.floor)))
         self.high.copy_(torch.maximum(self.high, high))
         if self.name == "histogram":
             self.histogram.add(x)

@@ -6,6 +6,7 @@ Each step returns a type of its own, so that a wrong order does not type-check:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -72,7 +73,7 @@ class PlanQuantizer(Quantizer):  # type: ignore[misc]
         nodes = {node.name: node for node in model.graph.nodes}
         for name, form in self.plan.activations.items():
             shared = self.plan.shared.get(name)
-            spec = SharedQuantizationSpec(nodes[shared]) if shared else self._activation(form)
+            spec = SharedQuantizationSpec(nodes[shared]) if shared else self._activation(name, form)
             node = nodes[name]
             node.meta[Q_ANNOTATION_KEY] = QuantizationAnnotation(
                 input_qspec_map=self._weight(node), output_qspec=spec, _annotated=True
@@ -90,11 +91,12 @@ class PlanQuantizer(Quantizer):  # type: ignore[misc]
         assert isinstance(weight, Node)
         return {weight: _weight_spec(form)}
 
-    def _activation(self, form: ActivationFormat) -> QuantizationSpec:
+    def _activation(self, name: str, form: ActivationFormat) -> QuantizationSpec:
         low, high = form.code_range
+        floor = self.plan.floors.get(name, -math.inf)
         return QuantizationSpec(
             dtype=torch.int8,
-            observer_or_fake_quant_ctr=activation_constructor(form, self.observer),
+            observer_or_fake_quant_ctr=activation_constructor(form, self.observer, floor),
             quant_min=low,
             quant_max=high,
             qscheme=torch.per_tensor_affine,
