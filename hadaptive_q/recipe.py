@@ -73,7 +73,7 @@ class QuantizeConfig(_Section):
     backend: Literal["torchao"] = "torchao"
     weight_bits: Literal[8] = 8
     activation_bits: Literal[8] = 8
-    observer: Literal["minmax", "mse"] = "mse"
+    observer: Literal["minmax", "mse", "histogram", "product"] = "mse"
     ranges: Literal["observed", "learned"] = "observed"
     selection: Literal["dynamic", "static"] = "dynamic"
 

@@ -112,7 +112,10 @@ def test_settings_reach_what_the_file_leaves_out() -> None:
         ("float.warmup=1", "float.warmup: got 1; expected less than 1"),
         ("float.label_smoothing=-0.1", "expected greater than or equal to 0"),
         ("float.precision=fp8", "float.precision: got 'fp8'; expected 'auto', 'float32', 'bf16' or 'fp16'"),
-        ("quantize.observer=histogram", "quantize.observer: got 'histogram'; expected 'minmax' or 'mse'"),
+        (
+            "quantize.observer=median",
+            "quantize.observer: got 'median'; expected 'minmax', 'mse', 'histogram' or 'product'",
+        ),
         ("quantize.weight_bits=4", "quantize.weight_bits: got 4; expected 8"),
         ("seed=-1", "seed: got -1; expected greater than or equal to 0"),
         ("data=7", "data: got 7; expected a valid string"),

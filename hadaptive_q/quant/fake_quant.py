@@ -6,6 +6,7 @@ fake-quantized network in eval mode and the converted program agree bit for bit.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torchao.quantization.pt2e import FakeQuantizeBase
 
 from hadaptive_q.quant.formats import SMALLEST_SCALE, ActivationFormat, WeightFormat
-from hadaptive_q.quant.observers import ObserverName, RangeObserver
+from hadaptive_q.quant.observers import RangeName, RangeObserver
 
 MOVING_AVERAGE = 0.02
 
@@ -61,11 +62,16 @@ class ActivationFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
     is_dynamic = False
 
     def __init__(
-        self, observer: ObserverName = "minmax", quant_min: int = -128, quant_max: int = 127, **_: Any
+        self,
+        observer: RangeName = "minmax",
+        quant_min: int = -128,
+        quant_max: int = 127,
+        floor: float = -math.inf,
+        **_: Any,
     ) -> None:
         super().__init__()
         self.quant_min, self.quant_max = quant_min, quant_max
-        self.observer = RangeObserver(observer, quant_max - quant_min + 1)
+        self.observer = RangeObserver(observer, quant_max - quant_min + 1, floor)
         self.scale = nn.Parameter(torch.ones(1), requires_grad=False)
         self.register_buffer("zero_point", torch.zeros(1, dtype=torch.int32))
         self.register_buffer("low", torch.zeros(()))
@@ -83,10 +89,14 @@ class ActivationFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
 
     def fix(self) -> None:
         """End observation: compute the scale and quantize from now on."""
-        self.low, self.high = (end.clone() for end in self.observer.range())
-        self._set_qparams()
+        self.set_range(*self.observer.range())
         self.disable_observer()
         self.enable_fake_quant()
+
+    def set_range(self, low: Tensor, high: Tensor) -> None:
+        """Let the codes cover (low, high)."""
+        self.low, self.high = low.clone(), high.clone()
+        self._set_qparams()
 
     def learn(self, active: bool) -> None:
         """Let the optimizer move the scale, or stop it."""
@@ -110,7 +120,7 @@ class ActivationFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
     @torch.no_grad()
     def _follow(self, x: Tensor) -> None:
         low, high = x.aminmax()
-        self.low.lerp_(low.clamp_max(0), MOVING_AVERAGE)
+        self.low.lerp_(low.clamp(self.observer.floor, 0), MOVING_AVERAGE)
         self.high.lerp_(high.clamp_min(0), MOVING_AVERAGE)
         self._set_qparams()
 
@@ -162,10 +172,10 @@ class PerChannelWeightFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
         self.zero_point = torch.zeros_like(scale, dtype=torch.int32)
 
 
-def activation_constructor(form: ActivationFormat, observer: ObserverName) -> Any:
-    """Return the constructor torchao calls for every quantized tensor."""
+def activation_constructor(form: ActivationFormat, observer: RangeName, floor: float = -math.inf) -> Any:
+    """Return the constructor torchao calls for a quantized tensor whose values below `floor` are all alike."""
     low, high = form.code_range
-    return ActivationFakeQuantize.with_args(observer=observer, quant_min=low, quant_max=high)
+    return ActivationFakeQuantize.with_args(observer=observer, quant_min=low, quant_max=high, floor=floor)
 
 
 def weight_constructor(form: WeightFormat) -> Any:

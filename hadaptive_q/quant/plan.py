@@ -20,15 +20,21 @@ from hadaptive_q.rewrite.graph import ACTIVATIONS, aten, constant
 WEIGHTED = (aten.conv2d.default, aten.linear.default)
 # Other views (space to depth, the reshapes of a selection) carry floats: what a layer reads is quantized behind them.
 VIEWS = (aten.flatten.using_ints, aten.dropout.default)
+# Hardswish is 0 from here down, exactly.
+HARDSWISH_FLOOR = -3.0
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Formats by node name. `shared` maps a tensor to the one whose scale it uses."""
+    """Formats by node name. `shared` maps a tensor to the one whose scale it uses.
+
+    `floors` are values below which nobody tells a tensor's values apart: its codes need not reach further down.
+    """
 
     activations: dict[str, ActivationFormat] = field(default_factory=dict)
     weights: dict[str, WeightFormat] = field(default_factory=dict)
     shared: dict[str, str] = field(default_factory=dict)
+    floors: dict[str, float] = field(default_factory=dict)
 
 
 def make_plan(graph: GraphModule, config: QuantizeConfig) -> Plan:
@@ -51,6 +57,10 @@ def make_plan(graph: GraphModule, config: QuantizeConfig) -> Plan:
         if node.target == aten.cat.default and node.name in plan.activations:
             first, *rest = node.args[0]
             plan.shared.update({tensor.name: first.name for tensor in (*rest, node)})
+    owners = plan.activations.keys() - plan.shared.keys() - set(plan.shared.values())
+    for node in graph.graph.nodes:
+        if node.name in owners and node.users and all(user.target in ACTIVATIONS for user in node.users):
+            plan.floors[node.name] = HARDSWISH_FLOOR
     return plan
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 
 from hadaptive_q.lower.latency import latencies
 from hadaptive_q.lower.parity import sqnr_db
@@ -19,30 +18,9 @@ from hadaptive_q.quant.program import QuantizedProgram
 from hadaptive_q.report.record import AchRecord, Latency, LayerRecord
 from hadaptive_q.rewrite.graph import module_path
 from hadaptive_q.rewrite.products import Product, chosen_indices, find_products
+from hadaptive_q.rewrite.record import record
 
 OVERLAP_SEED = 0
-
-
-class Recorder(Interpreter):
-    """Run a graph once and keep the tensors whose node names are asked for."""
-
-    def __init__(self, graph: GraphModule, names: set[str]) -> None:
-        super().__init__(graph)
-        self.names, self.values = names, dict[str, Tensor]()
-
-    def run_node(self, n: Node) -> Any:
-        result = super().run_node(n)
-        if n.name in self.names and isinstance(result, Tensor):
-            self.values[n.name] = result
-        return result
-
-
-def record(graph: GraphModule, inputs: Tensor, names: set[str]) -> dict[str, Tensor]:
-    """Return the tensors made by the nodes `names` on `inputs`."""
-    recorder = Recorder(graph, names)
-    with torch.no_grad():
-        recorder.run(inputs)
-    return recorder.values
 
 
 def measure_layers(deploy: GraphModule, program: QuantizedProgram, inputs: Tensor) -> list[LayerRecord]:

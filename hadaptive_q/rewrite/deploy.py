@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import nn
 from torch.fx import GraphModule
 
+from hadaptive_q.rewrite.equalise_products import equalise_products
 from hadaptive_q.rewrite.fold_batch_norm import fold_batch_norm
 from hadaptive_q.rewrite.fold_dysoft import fold_dysoft
 from hadaptive_q.rewrite.graph import trace
@@ -18,8 +19,8 @@ from hadaptive_q.rewrite.sink_concat import sink_concat
 from hadaptive_q.rewrite.slice_selection import slice_selection
 from hadaptive_q.rewrite.split_depthwise import split_depthwise
 
-# In this order: concatenations sink once the convolutions carry their BatchNorm; convolutions merge and channels are
-# reordered once every depthwise convolution has its own part of them.
+# In this order: concatenations sink once the convolutions carry their BatchNorm; gains move, convolutions merge and
+# channels are reordered once every depthwise convolution has its own part of them.
 REWRITES: tuple[Callable[[GraphModule], int], ...] = (
     fold_batch_norm,
     sink_concat,
@@ -28,6 +29,7 @@ REWRITES: tuple[Callable[[GraphModule], int], ...] = (
     select_by_rank,
     slice_selection,
     fold_dysoft,
+    equalise_products,
     roll_pairs,
     split_depthwise,
 )

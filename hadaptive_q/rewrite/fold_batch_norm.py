@@ -2,6 +2,8 @@
 
 Formula: ``g = gamma / sqrt(var + eps)``; ``W' = g W``, ``b' = g (b - mean) + beta``.
 Folding before QAT leaves no BatchNorm whose epsilon, momentum or mode a later step could change.
+A scale and shift keep gamma and beta in their last node's ``meta[AFFINE]``: what the norm makes of its input, mean
+beta and deviation |gamma| by its own statistics, cannot be read from `g` and `b'`.
 """
 
 from __future__ import annotations
@@ -11,6 +13,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from hadaptive_q.rewrite.graph import add_parameter, aten, calls, constant, finish
+
+AFFINE = "batch_norm_affine"
 
 
 def fold_batch_norm(graph: GraphModule) -> int:
@@ -62,4 +66,7 @@ def _as_affine(graph: GraphModule, node: Node, source: Node, scale: Tensor, shif
         shifted = graph.graph.call_function(aten.add.Tensor, (scaled, shift_node))
     for new in (scaled, shifted):
         new.meta = dict(node.meta)
+    gamma, beta = (constant(graph, argument) for argument in node.args[1:3])
+    ones = torch.ones_like(scale)
+    shifted.meta[AFFINE] = (ones if gamma is None else gamma.detach(), ones * 0 if beta is None else beta.detach())
     node.replace_all_uses_with(shifted)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from hadaptive_q.rewrite.graph import add_parameter, aten, calls, constant, finish, is_depthwise
-from hadaptive_q.rewrite.permute_channels import replace_constant
+from hadaptive_q.rewrite.gains import scale_operands, scale_readers
+from hadaptive_q.rewrite.graph import add_parameter, aten, calls, finish, is_depthwise, split_constant
 
 SMALLEST_GAIN = 2.0**-10
 
@@ -46,25 +46,37 @@ def fold_dysoft(graph: GraphModule) -> int:
     return count
 
 
-def _split(graph: GraphModule, node: Node) -> tuple[Tensor, Node] | None:
-    """Return the constant and the activation of a binary operator that has one of each."""
-    values = [(constant(graph, a), a) for a in node.args[:2] if isinstance(a, Node)]
-    constants = [v for v, _ in values if v is not None]
-    activations = [a for v, a in values if v is None]
-    return (constants[0], activations[0]) if len(constants) == len(activations) == 1 else None
+def stored_range(graph: GraphModule, stored: Node) -> tuple[float, float] | None:
+    """Return the interval that a folded DySoft never leaves, whatever its input, or None if `stored` is none.
+
+    Formula: ``[min_p (shift_p - share_p), max_p (shift_p + share_p)]``, as ``|u| < 1``.
+    """
+    outer = split_constant(graph, stored) if stored.target == aten.add.Tensor else None
+    if outer is None:
+        return None
+    shift, ratio = outer
+    share = torch.ones_like(shift)
+    if ratio.target == aten.mul.Tensor:
+        inner = split_constant(graph, ratio)
+        if inner is None:
+            return None
+        share, ratio = inner
+    if ratio.target != aten.div.Tensor:
+        return None
+    return float((shift - share.abs()).min()), float((shift + share.abs()).max())
 
 
 def _match(graph: GraphModule, last: Node) -> _Match | None:
-    outer = _split(graph, last)
+    outer = split_constant(graph, last)
     if outer is None or outer[1].target != aten.mul.Tensor:
         return None
-    inner = _split(graph, outer[1])
+    inner = split_constant(graph, outer[1])
     if inner is None or inner[1].target != aten.div.Tensor:
         return None
     slope = inner[1].args[0]
     if not isinstance(slope, Node) or slope.target != aten.mul.Tensor:
         return None
-    scaled = _split(graph, slope)
+    scaled = split_constant(graph, slope)
     if scaled is None or scaled[0].numel() != 1 or scaled[1].target != aten.mul.Tensor:
         return None
     return _Match(last, inner[1], slope, scaled[1], scaled[0], inner[0], outer[0])
@@ -76,13 +88,8 @@ def _fold(graph: GraphModule, match: _Match) -> None:
         rest = match.weight.abs() / gain
         sign = torch.where(match.weight < 0, -1.0, 1.0) * torch.where(match.alpha < 0, -1.0, 1.0)
         gain = gain * sign
-        for conv in match.last.users:
-            filters = conv.args[1]
-            assert isinstance(filters, Node)
-            value = constant(graph, filters)
-            assert value is not None
-            replace_constant(graph, filters, value * gain.reshape(-1, 1, 1, 1))
-        _scale_operands(graph, match.product, match.alpha.abs().sqrt())
+        scale_readers(graph, match.last, gain)
+        scale_operands(graph, match.product, match.alpha.abs().sqrt().reshape(1))
     match.slope.replace_all_uses_with(match.product)
     shift = add_parameter(graph, f"{match.last.name}_shift", match.bias / gain, match.last)
     scaled = match.ratio
@@ -94,17 +101,3 @@ def _fold(graph: GraphModule, match: _Match) -> None:
         out = graph.graph.call_function(aten.add.Tensor, (scaled, shift))
     out.meta = dict(match.last.meta)
     match.last.replace_all_uses_with(out)
-
-
-def _scale_operands(graph: GraphModule, product: Node, factor: Tensor) -> None:
-    """Scale `Z` of ``Z[:, i] * Z[:, j]``: a few channels instead of all their products."""
-    indices = [a for a in product.args if isinstance(a, Node)]
-    z = indices[0].args[0]
-    assert isinstance(z, Node)
-    value = add_parameter(graph, f"{product.name}_slope", factor.reshape(1), indices[0])
-    with graph.graph.inserting_before(indices[0]):
-        scaled = graph.graph.call_function(aten.mul.Tensor, (z, value))
-    scaled.meta = dict(z.meta)
-    # Both readers lie behind the first one's place: operands are made one after the other.
-    for index in indices:
-        index.replace_input_with(z, scaled)

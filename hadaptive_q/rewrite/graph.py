@@ -47,6 +47,14 @@ def constant(graph: GraphModule, node: object) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
+def split_constant(graph: GraphModule, node: Node) -> tuple[Tensor, Node] | None:
+    """Return the constant and the activation of a binary operator that has one of each."""
+    values = [(constant(graph, a), a) for a in node.args[:2] if isinstance(a, Node)]
+    constants = [v for v, _ in values if v is not None]
+    activations = [a for v, a in values if v is None]
+    return (constants[0], activations[0]) if len(constants) == len(activations) == 1 else None
+
+
 @dataclass(frozen=True)
 class ConvSettings:
     """How a convolution steps over its input; lists are (vertical, horizontal)."""

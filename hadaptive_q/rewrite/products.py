@@ -6,7 +6,7 @@ import operator
 from dataclasses import dataclass
 
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from hadaptive_q.rewrite.graph import aten, calls, module_path
 
@@ -45,7 +45,7 @@ def find_products(graph: GraphModule) -> list[Product]:
     """Return every cross-Hadamard product, indexed or rolled, in the order of the data."""
     found = []
     for node in calls(graph, aten.mul.Tensor, aten.cat.default):
-        z = _indexed_operand(node) if node.target == aten.mul.Tensor else _rolled_operand(node)
+        z = indexed_operand(node) if node.target == aten.mul.Tensor else _rolled_operand(node)
         if z is not None:
             z = _unscaled(z)
             mixed, choice = _source(z)
@@ -54,12 +54,33 @@ def find_products(graph: GraphModule) -> list[Product]:
     return found
 
 
-def _indexed_operand(mul: Node) -> Node | None:
+def indexed_operand(mul: Node) -> Node | None:
     """Return `Z` of ``Z[:, i] * Z[:, j]``."""
     operands = [a for a in mul.args if isinstance(a, Node) and a.target == aten.index.Tensor]
     if len(operands) != 2 or operands[0].args[0] is not operands[1].args[0]:
         return None
     return _first_input(operands[0])
+
+
+def norm_of_products(graph: GraphModule, product: Product) -> GraphModule:
+    """Return the part of `graph` from the chosen channels to their normed products, as a graph of its own.
+
+    It acts on every pixel alone: `(B, Cs, H, W) -> (B, E, H, W)` for any `B`, `H` and `W`. Shares its parameters.
+    """
+    nodes = {node.name: node for node in graph.graph.nodes}
+    chosen, normed = nodes[product.chosen], nodes[product.normed]
+    needed, waiting = {normed}, [normed]
+    while waiting:
+        sources = [n for n in waiting.pop().all_input_nodes if n is not chosen and n not in needed]
+        needed.update(sources)
+        waiting.extend(sources)
+    part = Graph()
+    copies = {chosen: part.placeholder("chosen")}
+    for node in graph.graph.nodes:
+        if node in needed:
+            copies[node] = part.node_copy(node, copies.__getitem__)
+    part.output(copies[normed])
+    return GraphModule(graph, part)
 
 
 def _rolled_operand(cat: Node) -> Node | None:

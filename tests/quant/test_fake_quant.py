@@ -168,6 +168,18 @@ def test_following_is_a_moving_average_of_batches() -> None:
         assert int(zero_point) == round(-128 - low / float(scale))
 
 
+def test_a_floor_holds_while_ranges_follow() -> None:
+    quantizer = ActivationFakeQuantize(floor=-3.0)
+    quantizer(torch.tensor([-20.0, 6.0]))
+    quantizer.fix()
+    quantizer.follow = True
+    for _ in range(3):
+        quantizer(torch.tensor([-50.0, 6.0], requires_grad=True))
+    scale, zero_point = quantizer.calculate_qparams()
+    assert float(scale) == pytest.approx(9 / 255)
+    assert (LOW - int(zero_point)) * float(scale) == pytest.approx(-3, abs=float(scale))
+
+
 def test_two_tensors_of_one_scale_pass_gradients_while_it_follows() -> None:
     quantizer = calibrated(torch.tensor([-1.0, 3.0]))
     quantizer.follow = True

@@ -13,7 +13,7 @@ from hadaptive_q.quant.formats import ActivationFormat, WeightFormat
 from hadaptive_q.quant.plan import Plan, make_plan
 from hadaptive_q.recipe import QuantizeConfig
 from hadaptive_q.rewrite.deploy import deploy_graph
-from hadaptive_q.rewrite.graph import aten, calls, constant, module_path, trace
+from hadaptive_q.rewrite.graph import ACTIVATIONS, aten, calls, constant, module_path, trace
 from hadaptive_q.rewrite.products import find_products
 
 
@@ -65,6 +65,33 @@ def test_views_carry_the_codes_of_what_they_view() -> None:
     assert scale_owner(plan, by_operator["dropout"]) == by_operator["mean"]
     assert scale_owner(plan, by_operator["flatten"]) == by_operator["mean"]
     assert by_operator["mean"] not in plan.shared
+
+
+class Readers(nn.Module):
+    """Two convolutions before a Hardswish, of which one is read by something else, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.last = (nn.Conv2d(3, 3, 1) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        two = self.two(x)
+        return self.last(nn.functional.hardswish(self.one(x)) + nn.functional.hardswish(two) + two)
+
+
+def test_what_only_hardswish_reads_ends_where_it_is_zero() -> None:
+    plan, nodes = planned(Readers())
+    ((name, floor),) = plan.floors.items()
+    assert str(nodes[name].args[1]) == "one_weight"
+    assert nn.functional.hardswish(torch.tensor([floor, floor - 1e-3, -100.0])).tolist() == [0, 0, 0]
+    assert nn.functional.hardswish(torch.tensor(floor + 1e-3)) < 0, "higher up, values differ"
+
+
+def test_floors_of_the_network_are_those_of_its_hardswishes(nano_graph: GraphModule) -> None:
+    plan = make_plan(nano_graph, QuantizeConfig())
+    before = {n.args[0].name for n in calls(nano_graph, *ACTIVATIONS)}  # type: ignore[union-attr]
+    # Those of a Ghost block feed a Hardswish alone, too; nothing else has a floor.
+    assert plan.floors.keys() == before
 
 
 class Sums(nn.Module):

@@ -6,6 +6,7 @@ the same logits, bit for bit.
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -91,7 +92,7 @@ def test_preparation_puts_a_quantizer_at_every_planned_tensor(
     assert sqnr_db(float_logits, simulated(backend.Calibrated(ready.graph, plan), inputs)) > 15
 
 
-@pytest.mark.parametrize("observer", ["minmax", "mse"])
+@pytest.mark.parametrize("observer", typing.get_args(ObserverName))
 def test_after_calibration_program_and_simulation_agree(
     observer: ObserverName, nano: HadaptiveNet, nano_graph: GraphModule, inputs: Tensor, few_digits: ImageData
 ) -> None:

@@ -14,7 +14,7 @@ from hadaptive_q.models.hadaptive_net import HadaptiveNet
 from hadaptive_q.rewrite.deploy import deploy_graph
 from hadaptive_q.rewrite.fold_batch_norm import fold_batch_norm
 from hadaptive_q.rewrite.graph import trace
-from hadaptive_q.rewrite.products import chosen_indices, find_products
+from hadaptive_q.rewrite.products import chosen_indices, find_products, norm_of_products
 
 NAMES = ["blocks.2.expansion", "blocks.3.expansion", "blocks.5.expansion"]
 
@@ -99,6 +99,19 @@ def test_every_product_is_found_with_the_tensors_around_it(
             with torch.no_grad():
                 scored = module.select(module.scorer(truth["mixed"]))
             assert torch.equal(chosen_indices(values[p.choice]), scored), f"{p.name}: choice"
+
+
+@pytest.mark.parametrize("selection", ["rank", "static"])
+def test_norms_of_products_stand_alone(selection: str, make_graph: Callable[..., GraphModule], inputs: Tensor) -> None:
+    graph = make_graph(deploy_graph, selection)
+    values = Record(graph, inputs).values
+    for p in find_products(graph):
+        norm = norm_of_products(graph, p)
+        chosen, wanted = values[p.chosen], values[p.normed]
+        assert torch.equal(norm(chosen), wanted)
+        pixels = chosen.permute(1, 0, 2, 3).reshape(1, chosen.shape[1], 1, -1)
+        got = norm(pixels).reshape(wanted.shape[1], len(chosen), *chosen.shape[2:]).transpose(0, 1)
+        assert torch.equal(got, wanted), "every pixel alone"
 
 
 class NoProduct(nn.Module):

@@ -6,6 +6,7 @@ Each step returns a type of its own, so that a wrong order does not type-check:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -31,20 +32,28 @@ from hadaptive_q.quant.fake_quant import (
 )
 from hadaptive_q.quant.formats import ActivationFormat, WeightFormat
 from hadaptive_q.quant.live_batch_norm import refold_batch_norm, unfold_batch_norm
-from hadaptive_q.quant.observers import ObserverName
+from hadaptive_q.quant.observers import ObserverName, Range, RangeName
 from hadaptive_q.quant.plan import WEIGHTED, Plan
+from hadaptive_q.quant.product import Objective, PixelSampler, find_ranges
 from hadaptive_q.quant.program import QuantizedProgram
 from hadaptive_q.rewrite.drop_no_ops import drop_no_ops
+from hadaptive_q.rewrite.fold_dysoft import stored_range
 from hadaptive_q.rewrite.graph import constant, set_dropout
+from hadaptive_q.rewrite.products import Product, find_products, norm_of_products
+from hadaptive_q.rewrite.record import record
 from hadaptive_q.rewrite.split_dequantize import split_dequantize
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """The deploy graph with a fake-quantizer at every tensor the plan quantizes; nothing measured yet."""
+    """The deploy graph with a fake-quantizer at every tensor the plan quantizes; nothing measured yet.
+
+    `products` are those whose ranges are to be chosen together.
+    """
 
     graph: GraphModule
     plan: Plan
+    products: tuple[Product, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -58,14 +67,14 @@ class Calibrated:
 class PlanQuantizer(Quantizer):  # type: ignore[misc]
     """Turn a plan into PT2E annotations: tensors are annotated where they are made, weights where they are read."""
 
-    def __init__(self, plan: Plan, observer: ObserverName) -> None:
+    def __init__(self, plan: Plan, observer: RangeName) -> None:
         self.plan, self.observer = plan, observer
 
     def annotate(self, model: GraphModule) -> GraphModule:
         nodes = {node.name: node for node in model.graph.nodes}
         for name, form in self.plan.activations.items():
             shared = self.plan.shared.get(name)
-            spec = SharedQuantizationSpec(nodes[shared]) if shared else self._activation(form)
+            spec = SharedQuantizationSpec(nodes[shared]) if shared else self._activation(name, form)
             node = nodes[name]
             node.meta[Q_ANNOTATION_KEY] = QuantizationAnnotation(
                 input_qspec_map=self._weight(node), output_qspec=spec, _annotated=True
@@ -83,11 +92,12 @@ class PlanQuantizer(Quantizer):  # type: ignore[misc]
         assert isinstance(weight, Node)
         return {weight: _weight_spec(form)}
 
-    def _activation(self, form: ActivationFormat) -> QuantizationSpec:
+    def _activation(self, name: str, form: ActivationFormat) -> QuantizationSpec:
         low, high = form.code_range
+        floor = self.plan.floors.get(name, -math.inf)
         return QuantizationSpec(
             dtype=torch.int8,
-            observer_or_fake_quant_ctr=activation_constructor(form, self.observer),
+            observer_or_fake_quant_ctr=activation_constructor(form, self.observer, floor),
             quant_min=low,
             quant_max=high,
             qscheme=torch.per_tensor_affine,
@@ -107,8 +117,14 @@ def _weight_spec(form: WeightFormat) -> QuantizationSpec:
 
 
 def prepare(graph: GraphModule, plan: Plan, observer: ObserverName) -> Prepared:
-    """Insert the fake-quantizers of `plan` into `graph` (in place)."""
-    return Prepared(prepare_pt2e(graph, PlanQuantizer(plan, observer)), plan)
+    """Insert the fake-quantizers of `plan` into `graph` (in place).
+
+    `observer` "product" chooses the ranges around products together; all other tensors use "histogram".
+    """
+    if observer != "product":
+        return Prepared(prepare_pt2e(graph, PlanQuantizer(plan, observer)), plan)
+    products = tuple(find_products(graph))
+    return Prepared(prepare_pt2e(graph, PlanQuantizer(plan, "histogram")), plan, products)
 
 
 @torch.no_grad()
@@ -117,9 +133,10 @@ def calibrate(prepared: Prepared, batches: Iterable[Tensor]) -> Calibrated:
 
     Raises UserError where a tensor holds NaN or infinity.
     """
+    samplers = {product: PixelSampler() for product in prepared.products}
     for index, inputs in enumerate(batches):
         try:
-            prepared.graph(inputs)
+            values = record(prepared.graph, inputs, {product.chosen for product in samplers})
         except FloatingPointError as error:
             raise UserError(
                 f"calibration, batch {index + 1}",
@@ -127,10 +144,46 @@ def calibrate(prepared: Prepared, batches: Iterable[Tensor]) -> Calibrated:
                 "finite activations",
                 "check the checkpoint and the images",
             ) from error
+        for product, sampler in samplers.items():
+            sampler.add(values[product.chosen])
+    objectives = {product: _objective(prepared.graph, product, sampler) for product, sampler in samplers.items()}
     for quantizer in activation_quantizers(prepared.graph):
         quantizer.fix()
+    for product, objective in objectives.items():
+        _fix_product(prepared.graph, product, objective)
     snap_biases(prepared.graph)
     return Calibrated(prepared.graph, prepared.plan)
+
+
+def _objective(graph: GraphModule, product: Product, sampler: PixelSampler) -> Objective:
+    mixed = quantizer_of(graph, product.mixed).observer
+    return Objective(mixed.values(), sampler.chosen(), norm_of_products(graph, product), mixed.levels)
+
+
+def _fix_product(graph: GraphModule, product: Product, objective: Objective) -> None:
+    """Set the ranges of X~ and of its normed products together, from those each has by itself."""
+    quantizers = quantizer_of(graph, product.mixed), quantizer_of(graph, product.normed)
+    limits = quantizers[0].observer.limits(), _normed_limits(graph, product, quantizers[1])
+    start = (quantizers[0].low, quantizers[0].high), (quantizers[1].low, quantizers[1].high)
+    for quantizer, found in zip(quantizers, find_ranges(objective, limits, start), strict=True):
+        quantizer.set_range(*found)
+
+
+def _normed_limits(graph: GraphModule, product: Product, quantizer: ActivationFakeQuantize) -> Range:
+    """Return a DySoft's own bounds, which no image can leave; another norm's output is as large as it was seen."""
+    (node,) = (node for node in graph.graph.nodes if node.name == product.normed)
+    bounds = stored_range(graph, node)
+    if bounds is None:
+        return quantizer.observer.limits()
+    return quantizer.low.new_tensor(min(bounds[0], 0.0)), quantizer.low.new_tensor(max(bounds[1], 0.0))
+
+
+def quantizer_of(graph: GraphModule, name: str) -> ActivationFakeQuantize:
+    """Return the fake-quantizer of the tensor that node `name` makes."""
+    (node,) = (node for node in graph.graph.nodes if node.name == name)
+    (found,) = {graph.get_submodule(str(user.target)) for user in node.users if user.op == "call_module"}
+    assert isinstance(found, ActivationFakeQuantize)
+    return found
 
 
 def start_fit(calibrated: Calibrated, learned: bool, live: Iterable[Tensor] | None = None) -> None:
