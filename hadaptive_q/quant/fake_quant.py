@@ -52,6 +52,7 @@ class ActivationFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
     Formula: ``y = (clamp(round(x / s) + z, low, high) - z) * s``; `s` float32 `(1,)`, `z` int32 `(1,)`.
     Phases: `observe` (values pass and are watched), then quantizing with ranges that are fixed, that follow
     a moving average of the batch (`follow`), or whose scale is learned (`learn`; the zero point stays).
+    `symmetric` keeps the zero point at 0: the larger end decides the scale.
     """
 
     scale: Tensor
@@ -61,10 +62,16 @@ class ActivationFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
     is_dynamic = False
 
     def __init__(
-        self, observer: ObserverName = "minmax", quant_min: int = -128, quant_max: int = 127, **_: Any
+        self,
+        observer: ObserverName = "minmax",
+        quant_min: int = -128,
+        quant_max: int = 127,
+        symmetric: bool = False,
+        **_: Any,
     ) -> None:
         super().__init__()
         self.quant_min, self.quant_max = quant_min, quant_max
+        self.symmetric = symmetric
         self.observer = RangeObserver(observer, quant_max - quant_min + 1)
         self.scale = nn.Parameter(torch.ones(1), requires_grad=False)
         self.register_buffer("zero_point", torch.zeros(1, dtype=torch.int32))
@@ -83,7 +90,11 @@ class ActivationFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
 
     def fix(self) -> None:
         """End observation: compute the scale and quantize from now on."""
-        self.low, self.high = (end.clone() for end in self.observer.range())
+        self.cover(*self.observer.range())
+
+    def cover(self, low: Tensor, high: Tensor) -> None:
+        """Quantize from now on with codes for the interval from `low` to `high`, scalars around 0."""
+        self.low, self.high = low.clone(), high.clone()
         self._set_qparams()
         self.disable_observer()
         self.enable_fake_quant()
@@ -116,8 +127,14 @@ class ActivationFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
 
     @torch.no_grad()
     def _set_qparams(self) -> None:
-        scale = ((self.high - self.low) / (self.quant_max - self.quant_min)).clamp_min(SMALLEST_SCALE)
-        zero_point = (self.quant_min - self.low / scale).round().clamp(self.quant_min, self.quant_max)
+        if self.symmetric:
+            scale = torch.maximum(-self.low, self.high) / self.quant_max
+            zero_point = torch.zeros_like(scale)
+        else:
+            scale = (self.high - self.low) / (self.quant_max - self.quant_min)
+            zero_point = self.quant_min - self.low / scale.clamp_min(SMALLEST_SCALE)
+        scale = scale.clamp_min(SMALLEST_SCALE)
+        zero_point = zero_point.round().clamp(self.quant_min, self.quant_max)
         self.scale.copy_(scale.reshape(1))
         # A new tensor: parts that share a scale come by once each, and the first one's is kept for its gradient.
         self.zero_point = zero_point.reshape(1).to(torch.int32)

@@ -52,6 +52,7 @@ class IntegerProgram:
         self.graph = copy.deepcopy(program.graph)
         # A tensor goes by the name of what computes it, as in the plan; in the graph, its codes are what quantizes it.
         self._quantizers = {str(q.args[0]): q.name for q in calls(self.graph, _quantize())}
+        self._grids = {str(q.args[0]): _grid(q) for q in calls(self.graph, _quantize())}
         _to_integers(self.graph)
 
     def __call__(self, inputs: Tensor) -> Tensor:
@@ -72,6 +73,10 @@ class IntegerProgram:
         with torch.no_grad():
             recorder.run(inputs)
         return recorder.found
+
+    def grid(self, name: str) -> Grid:
+        """Return the grid of the quantized tensor `name`. Raises KeyError for a name not in `names`."""
+        return self._grids[name]
 
     def output_codes(self, inputs: Tensor) -> Tensor:
         """Return the codes of the logits, `(B, classes)` int8."""
