@@ -1,8 +1,8 @@
 """The integer arithmetic of the ExecuTorch/XNNPACK runtime, operator by operator, on tensors of codes.
 
 Every function here is a definition: what a written file computes, rounding by rounding. Codes are int8 tensors of any
-batch size; scales are float32 values, held as Python floats. Sums run in floating point, where integers are exact as
-long as every partial sum stays below 2^24 (float32) or 2^53 (float64); `exact_dtype` proves which one serves.
+batch size, on the CPU; scales are float32 values, held as Python floats. Sums run in floating point, where integers are
+exact as long as every partial sum stays below 2^24 (float32) or 2^53 (float64); `exact_dtype` proves which one serves.
 
 Source: XNNPACK 1adaa7c (src/microparams-init.c, src/operators/convolution-nhwc.c, src/reference/unary-elementwise.cc,
 src/qs8-vadd, src/qs8-qc8w-gemm, src/f32-qs8-vcvt, src/qs8-f32-vcvt), restated; checked against files run in the
@@ -89,7 +89,9 @@ def conv2d(
     """
     dtype = exact_dtype(weight)
     offsets = codes.to(dtype) - zero_point
-    acc = F.conv2d(offsets, weight.to(dtype), None, taps.stride, taps.padding, taps.dilation, taps.groups)
+    # NNPACK, where a build of torch prefers it, convolves by transforms that are exact for no integer.
+    with torch.backends.nnpack.flags(enabled=False):
+        acc = F.conv2d(offsets, weight.to(dtype), None, taps.stride, taps.padding, taps.dilation, taps.groups)
     return requantize(_add_bias(acc, bias), factor, out)
 
 

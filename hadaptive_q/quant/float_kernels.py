@@ -2,7 +2,7 @@
 
 Element-wise operators (add, mul, div, abs, clamp) round once in any IEEE 754 arithmetic and need no definition. Sums
 and fused multiply-adds do. Written here is the order of the kernels with fused multiply-add (x86-64 with FMA3 or
-AVX-512); another kernel may round otherwise, which is why dynamic selection is not bit-equal from core to core.
+AVX-512, ARM64); those for older x86-64 round otherwise.
 Source: XNNPACK 1adaa7c (src/f32-rdsum, src/f32-dwconv, src/f32-vhswish), restated.
 """
 

@@ -122,8 +122,9 @@ def _to_integers(graph: GraphModule) -> None:
     for quantize in calls(graph, _quantize()):
         source = quantize.args[0]
         assert isinstance(source, Node)
-        fuse = _fuse_nothing if _behind(source) else _FUSIONS.get(source.target) if len(source.users) == 1 else None
-        if fuse is None or not fuse(graph, quantize, source):
+        # What has other readers than its quantizer exists in float, too: the runtime fuses neither.
+        alone = _behind(source) is not None or len(source.users) == 1
+        if not (alone and _fusion(source)(graph, quantize, source)):
             _set(quantize, arithmetic.quantize, source, _grid(quantize))
     for dequantize in calls(graph, torch.ops.quantized_decomposed.dequantize_per_tensor.default):
         _set(dequantize, arithmetic.dequantize, dequantize.args[0], _grid(dequantize))
@@ -146,8 +147,7 @@ def _grid(node: Node) -> Grid:
 
 def _behind(node: object) -> tuple[Node, Grid] | None:
     """Return the codes and the grid that a dequantize operator `node` reads, or None if it is something else."""
-    names = (torch.ops.quantized_decomposed.dequantize_per_tensor.default,)
-    if not isinstance(node, Node) or node.target not in names:
+    if not isinstance(node, Node) or node.target != torch.ops.quantized_decomposed.dequantize_per_tensor.default:
         return None
     codes = node.args[0]
     assert isinstance(codes, Node)
@@ -176,9 +176,7 @@ def _fuse_layer(graph: GraphModule, quantize: Node, layer: Node) -> bool:
 
 def _weight(graph: GraphModule, node: object) -> tuple[Node, Tensor] | None:
     """Return the codes and the scales `(C,)` of a weight, or None where it is a float."""
-    if not isinstance(node, Node):
-        return None
-    if node.target != torch.ops.quantized_decomposed.dequantize_per_channel.default:
+    if not isinstance(node, Node) or node.target != torch.ops.quantized_decomposed.dequantize_per_channel.default:
         return None
     codes, scale = node.args[0], constant(graph, node.args[1])
     assert isinstance(codes, Node)
@@ -220,7 +218,7 @@ def _fuse_copy(_: GraphModule, quantize: Node, copied: Node) -> bool:
     return True
 
 
-def _fuse_nothing(_: GraphModule, quantize: Node, dequantize: Node) -> bool:
+def _fuse_identity(_: GraphModule, quantize: Node, dequantize: Node) -> bool:
     """A tensor quantized twice with one grid (a dropout was between) keeps its codes."""
     codes = dequantize.args[0]
     assert isinstance(codes, Node)
@@ -230,6 +228,10 @@ def _fuse_nothing(_: GraphModule, quantize: Node, dequantize: Node) -> bool:
     return True
 
 
+def _fuse_nothing(*_: object) -> bool:
+    return False
+
+
 _FUSIONS: dict[Any, Callable[[GraphModule, Node, Node], bool]] = {
     aten.conv2d.default: _fuse_layer,
     aten.linear.default: _fuse_layer,
@@ -237,6 +239,10 @@ _FUSIONS: dict[Any, Callable[[GraphModule, Node, Node], bool]] = {
     **dict.fromkeys(ACTIVATIONS, _fuse_hardswish),
     **dict.fromkeys(_COPIES, _fuse_copy),
 }
+
+
+def _fusion(source: Node) -> Callable[[GraphModule, Node, Node], bool]:
+    return _fuse_identity if _behind(source) else _FUSIONS.get(source.target, _fuse_nothing)
 
 
 def _in_runtime_order(graph: GraphModule, node: Node) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from hadaptive_q.data.datasets import ImageData
@@ -18,12 +18,14 @@ from hadaptive_q.models.config import Preprocess
 from hadaptive_q.models.hadaptive_net import create_model
 from hadaptive_q.quant import arithmetic
 from hadaptive_q.quant.backends import torchao_pt2e as backend
-from hadaptive_q.quant.interpreter import IntegerProgram
-from hadaptive_q.quant.plan import make_plan
+from hadaptive_q.quant.interpreter import Coverage, IntegerProgram
+from hadaptive_q.quant.plan import Plan, make_plan
 from hadaptive_q.quant.program import QuantizedProgram
 from hadaptive_q.recipe import QuantizeConfig
 from hadaptive_q.rewrite.deploy import deploy_graph
 from hadaptive_q.rewrite.freeze_selection import freeze_selection
+
+Q = torch.ops.quantized_decomposed
 
 
 def converted(graph: GraphModule, data: ImageData, inputs: Tensor) -> QuantizedProgram:
@@ -102,6 +104,46 @@ def test_the_program_is_left_alone(program: QuantizedProgram, inputs: Tensor) ->
     before = program(inputs[:4])
     IntegerProgram(program)
     assert torch.equal(program(inputs[:4]), before)
+
+
+def through(x: Tensor, scale: float, zero_point: int) -> Tensor:
+    codes = Q.quantize_per_tensor(x, scale, zero_point, -128, 127, torch.int8)
+    out: Tensor = Q.dequantize_per_tensor(codes, scale, zero_point, -128, 127, torch.int8)
+    return out
+
+
+def one_operator(operator: Callable[[Tensor], Tensor]) -> QuantizedProgram:
+    """quantize -> `operator` -> quantize, both with the scale 0.02, for inputs `(1, 4, 8, 8)`."""
+
+    class Module(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return through(operator(through(x, 0.02, 3)), 0.02, 3)
+
+    graph = torch.export.export(Module(), (torch.zeros(1, 4, 8, 8),)).module()
+    assert isinstance(graph, GraphModule)
+    return QuantizedProgram(graph, Plan(), Preprocess(image_size=8, mean=(0, 0, 0), std=(1, 1, 1), classes=("a",)))
+
+
+@pytest.mark.parametrize(
+    ("operator", "floating"),
+    [
+        (lambda x: x.permute(0, 2, 3, 1)[:, 1:5].flatten(1), ()),
+        (lambda x: torch.cat((x, x), dim=1), ()),
+        (lambda x: torch.cat((x, through(x, 0.05, -7)), dim=1), ()),  # two grids: through float, which is a copy
+        (lambda x: x, ()),
+        (lambda x: torch.sigmoid(x), ("sigmoid",)),
+        (lambda x: x + 1.0, ("add",)),
+        (lambda x: x.mean(1), ("mean",)),
+    ],
+)
+def test_what_is_not_known_as_integer_runs_in_float(
+    operator: Callable[[Tensor], Tensor], floating: tuple[str, ...]
+) -> None:
+    program = one_operator(operator)
+    integers = IntegerProgram(program)
+    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(integers(x), program(x))
+    assert integers.coverage == Coverage((), floating)
 
 
 @pytest.mark.slow
