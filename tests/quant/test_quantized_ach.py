@@ -227,7 +227,7 @@ def use(quantizer: ActivationFakeQuantize, grid: Grid) -> None:
     quantizer.enable_fake_quant()
 
 
-@pytest.mark.parametrize("selection", ["rank", "channel", "static"])
+@pytest.mark.parametrize("selection", ["rank", "static", pytest.param("channel", marks=pytest.mark.slow)])
 def test_blocks_of_a_converted_network(
     selection: str,
     make_nano: Callable[..., HadaptiveNet],
