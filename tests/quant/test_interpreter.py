@@ -160,7 +160,7 @@ def test_codes_of_a_whole_s(selection: str, tmp_path: Path) -> None:
     model = create_model("hadaptive_net_s", 10)
     calibration, images = torch.randn(32, 3, 64, 64), torch.randn(128, 3, 64, 64)
     with torch.no_grad():
-        for _ in range(30):
+        for _ in range(10):
             model.train()(calibration)
     if selection == "static":
         freeze_selection(model.eval(), [calibration])
