@@ -6,7 +6,7 @@ exact as long as every partial sum stays below 2^24 (float32) or 2^53 (float64);
 
 Source: XNNPACK 1adaa7c (src/microparams-init.c, src/operators/convolution-nhwc.c, src/reference/unary-elementwise.cc,
 src/qs8-vadd, src/qs8-qc8w-gemm, src/f32-qs8-vcvt, src/qs8-f32-vcvt), restated; checked against files run in the
-stock runtime of executorch 1.5.1 on x86-64.
+stock runtime of executorch 1.5.1 on x86-64 and on emulated Cortex-A53 and A76.
 """
 
 from __future__ import annotations
