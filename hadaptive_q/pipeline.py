@@ -130,7 +130,8 @@ def _fit(
             backend.freeze_ranges(calibrated)
 
     live = batches(manifest, data, recipe.calibration.batch_size) if fit.batch_norm == "live" else None
-    backend.start_fit(calibrated, recipe.quantize.ranges == "learned", live)
+    # A student that only follows its teacher, which has no dropout, has nothing to generalise from.
+    backend.start_fit(calibrated, recipe.quantize.ranges == "learned", dropout=fit.distill < 1, live=live)
     training = Training(
         config=fit,
         seed=recipe.seed + 1,

@@ -53,6 +53,7 @@ class ActivationFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
     Formula: ``y = (clamp(round(x / s) + z, low, high) - z) * s``; `s` float32 `(1,)`, `z` int32 `(1,)`.
     Phases: `observe` (values pass and are watched), then quantizing with ranges that are fixed, that follow
     a moving average of the batch (`follow`), or whose scale is learned (`learn`; the zero point stays).
+    `symmetric` keeps the zero point at 0: the larger end decides the scale.
     """
 
     scale: Tensor
@@ -67,10 +68,12 @@ class ActivationFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
         quant_min: int = -128,
         quant_max: int = 127,
         floor: float = -math.inf,
+        symmetric: bool = False,
         **_: Any,
     ) -> None:
         super().__init__()
         self.quant_min, self.quant_max = quant_min, quant_max
+        self.symmetric = symmetric
         self.observer = RangeObserver(observer, quant_max - quant_min + 1, floor)
         self.scale = nn.Parameter(torch.ones(1), requires_grad=False)
         self.register_buffer("zero_point", torch.zeros(1, dtype=torch.int32))
@@ -90,13 +93,13 @@ class ActivationFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
     def fix(self) -> None:
         """End observation: compute the scale and quantize from now on."""
         self.set_range(*self.observer.range())
-        self.disable_observer()
-        self.enable_fake_quant()
 
     def set_range(self, low: Tensor, high: Tensor) -> None:
-        """Let the codes cover (low, high)."""
+        """Quantize from now on with codes for the interval from `low` to `high`, scalars around 0."""
         self.low, self.high = low.clone(), high.clone()
         self._set_qparams()
+        self.disable_observer()
+        self.enable_fake_quant()
 
     def learn(self, active: bool) -> None:
         """Let the optimizer move the scale, or stop it."""
@@ -126,8 +129,14 @@ class ActivationFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
 
     @torch.no_grad()
     def _set_qparams(self) -> None:
-        scale = ((self.high - self.low) / (self.quant_max - self.quant_min)).clamp_min(SMALLEST_SCALE)
-        zero_point = (self.quant_min - self.low / scale).round().clamp(self.quant_min, self.quant_max)
+        if self.symmetric:
+            scale = torch.maximum(-self.low, self.high) / self.quant_max
+            zero_point = torch.zeros_like(scale)
+        else:
+            scale = (self.high - self.low) / (self.quant_max - self.quant_min)
+            zero_point = self.quant_min - self.low / scale.clamp_min(SMALLEST_SCALE)
+        scale = scale.clamp_min(SMALLEST_SCALE)
+        zero_point = zero_point.round().clamp(self.quant_min, self.quant_max)
         self.scale.copy_(scale.reshape(1))
         # A new tensor: parts that share a scale come by once each, and the first one's is kept for its gradient.
         self.zero_point = zero_point.reshape(1).to(torch.int32)

@@ -41,6 +41,13 @@ def _affine(graph: GraphModule, node: Node) -> tuple[Tensor, Tensor]:
     assert variance is not None
     epsilon = node.args[7]
     assert isinstance(epsilon, float)
+    return affine(gamma, beta, mean, variance, epsilon)
+
+
+def affine(
+    gamma: Tensor | None, beta: Tensor | None, mean: Tensor, variance: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    """Return a BatchNorm in eval mode as a scale and a shift per channel, each `(C,)`."""
     scale = torch.rsqrt(variance + epsilon)
     if gamma is not None:
         scale = scale * gamma

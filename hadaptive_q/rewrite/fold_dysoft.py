@@ -82,16 +82,21 @@ def _match(graph: GraphModule, last: Node) -> _Match | None:
     return _Match(last, inner[1], slope, scaled[1], scaled[0], inner[0], outer[0])
 
 
+def fold_parameters(alpha: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gain ``g``, the share ``|w| / |g|`` and the shift ``b / g`` of every slot, shaped like `weight`."""
+    size = torch.maximum(weight.abs(), bias.abs()).clamp_min(SMALLEST_GAIN)
+    sign = torch.where(weight < 0, -1.0, 1.0) * torch.where(alpha < 0, -1.0, 1.0)
+    gain = size * sign
+    return gain, weight.abs() / size, bias / gain
+
+
 def _fold(graph: GraphModule, match: _Match) -> None:
     with torch.no_grad():
-        gain = torch.maximum(match.weight.abs(), match.bias.abs()).clamp_min(SMALLEST_GAIN)
-        rest = match.weight.abs() / gain
-        sign = torch.where(match.weight < 0, -1.0, 1.0) * torch.where(match.alpha < 0, -1.0, 1.0)
-        gain = gain * sign
+        gain, rest, rest_of_bias = fold_parameters(match.alpha, match.weight, match.bias)
         scale_readers(graph, match.last, gain)
         scale_operands(graph, match.product, match.alpha.abs().sqrt().reshape(1))
     match.slope.replace_all_uses_with(match.product)
-    shift = add_parameter(graph, f"{match.last.name}_shift", match.bias / gain, match.last)
+    shift = add_parameter(graph, f"{match.last.name}_shift", rest_of_bias, match.last)
     scaled = match.ratio
     with graph.graph.inserting_before(match.last):
         if not torch.equal(rest, torch.ones_like(rest)):

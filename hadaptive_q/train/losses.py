@@ -51,8 +51,12 @@ def fit_loss(config: FitConfig, teacher: nn.Module, penalty: Callable[[], Tensor
 
 
 def feature_error(target: Observed, seen: Observed) -> Tensor:
-    """Return the noise-to-signal ratio ``|s - t|^2 / |t|^2``, mean over the blocks' outputs and the logits."""
-    pairs = zip([*target.features, target.logits], [*seen.features, seen.logits], strict=True)
+    """Return the noise-to-signal ratio ``|s - t|^2 / |t|^2``, mean over the blocks' outputs, the logits and the scores.
+
+    A student with frozen selections has no scores, and is not asked for them.
+    """
+    scores = zip(target.scores, seen.scores, strict=True) if seen.scores else ()
+    pairs = [*zip(target.features, seen.features, strict=True), (target.logits, seen.logits), *scores]
     return torch.stack([(s - t).square().sum() / t.square().sum() for t, s in pairs]).mean()
 
 

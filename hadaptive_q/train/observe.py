@@ -1,4 +1,4 @@
-"""Networks that show what a loss needs besides the logits: the gaps between ACH's scores and the blocks' outputs.
+"""Networks that show what a loss needs besides the logits: ACH's scores, the gaps between them, the blocks' outputs.
 
 A float network is watched by hooks, a graph has further outputs; both answer alike, so one loss serves both trainings.
 """
@@ -20,9 +20,11 @@ from hadaptive_q.rewrite.products import Product, find_products
 
 
 class Observed(NamedTuple):
-    """`logits` `(B, classes)`; by ACH with per-sample selection the score gaps; the blocks' outputs `(B, C, H, W)`."""
+    """`logits` `(B, classes)`; by ACH with per-sample selection the scores `(B, C)` and their gaps; the blocks' outputs
+    `(B, C, H, W)`."""
 
     logits: Tensor
+    scores: list[Tensor]
     gaps: list[Tensor]
     features: list[Tensor]
 
@@ -54,22 +56,24 @@ class ObservedModel(nn.Module):
         self.network = network
 
     def forward(self, x: Tensor) -> Observed:
+        scores: list[Tensor] = []
         gaps: list[Tensor] = []
         features: list[Tensor] = []
-        hooks = [ach.scorer.register_forward_hook(_gap_watcher(ach, gaps)) for _, ach in self.network.ach_modules()]
+        hooks = [ach.scorer.register_forward_hook(_watcher(ach, scores, gaps)) for _, ach in self.network.ach_modules()]
         hooks += [
             block.register_forward_hook(lambda _m, _i, out: features.append(out)) for block in self.network.blocks
         ]
         try:
-            return Observed(self.network(x), gaps, features)
+            return Observed(self.network(x), scores, gaps, features)
         finally:
             for hook in hooks:
                 hook.remove()
 
 
-def _gap_watcher(ach: ACH, gaps: list[Tensor]) -> Callable[[nn.Module, object, Tensor], None]:
-    def watch(_scorer: nn.Module, _inputs: object, scores: Tensor) -> None:
-        gaps.append(score_gaps(scores.float(), ach.scorer.weight, ach.cs, ach.slot_order))
+def _watcher(ach: ACH, scores: list[Tensor], gaps: list[Tensor]) -> Callable[[nn.Module, object, Tensor], None]:
+    def watch(_scorer: nn.Module, _inputs: object, values: Tensor) -> None:
+        scores.append(values.float())
+        gaps.append(score_gaps(scores[-1], ach.scorer.weight, ach.cs, ach.slot_order))
 
     return watch
 
@@ -91,7 +95,7 @@ class ObservedGraph(nn.Module):
         logits, *inner = self.network(x)
         scores, features = inner[: len(self.scorings)], inner[len(self.scorings) :]
         gaps = [gaps_of(values) for gaps_of, values in zip(self.scorings, scores, strict=True)]
-        return Observed(logits, gaps, features)
+        return Observed(logits, scores, gaps, features)
 
 
 def _scoring(graph: GraphModule, product: Product, slot_order: SlotOrder) -> tuple[Node, Callable[[Tensor], Tensor]]:

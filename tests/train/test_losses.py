@@ -23,7 +23,7 @@ class Seen(nn.Module):
 
     def forward(self, x: Tensor) -> Observed:
         hidden = self.hidden(x)
-        return Observed(self.classifier(hidden), self.gaps, [hidden])
+        return Observed(self.classifier(hidden), [hidden[:, :2]], self.gaps, [hidden])
 
 
 class Absent(nn.Module):
@@ -60,11 +60,15 @@ def test_the_loss_is_its_formula(
     hard = F.cross_entropy(seen.logits, labels, label_smoothing=0.1)
     errors = [
         ((s - t) ** 2).sum() / (t**2).sum()
-        for t, s in ((target.features[0], seen.features[0]), (target.logits, seen.logits))
+        for t, s in zip(
+            (target.features[0], target.logits, target.scores[0]),
+            (seen.features[0], seen.logits, seen.scores[0]),
+            strict=True,
+        )
     ]
     # Of the wanted 0.1: half and nothing is missing in the first ACH, all and nothing for the second one's two images.
     shortfall = (0.5 + 1.0 / 2) / 2
-    wanted = (1 - share) * hard + share * kl + features * sum(errors) / 2 + margin * shortfall + 3.0
+    wanted = (1 - share) * hard + share * kl + features * sum(errors) / 3 + margin * shortfall + 3.0
     config = fit(distill=share, distill_features=features, margin=MarginConfig(gap=0.1, weight=margin))
     loss = fit_loss(config, teacher, lambda: torch.tensor(3.0))(student, inputs, labels)
     torch.testing.assert_close(loss, wanted)
@@ -110,7 +114,7 @@ def test_no_choice_is_no_shortfall() -> None:
 @pytest.mark.parametrize("scale", [0.1, 10.0])
 def test_feature_error_is_relative(scale: float) -> None:
     def seen(value: float) -> Observed:
-        return Observed(torch.full((2, 3), value * scale), [], [torch.full((2, 3, 1, 1), value * scale)])
+        return Observed(torch.full((2, 3), value * scale), [], [], [torch.full((2, 3, 1, 1), value * scale)])
 
     torch.testing.assert_close(feature_error(seen(1.0), seen(0.9)), torch.tensor(0.01))
 

@@ -34,7 +34,7 @@ def test_graph_and_network_show_the_same(
         assert_float_equal(other, one)
     choosing = 0 if selection == "static" else len(list(model.ach_modules()))
     assert len(wanted.gaps) == len(got.gaps) == choosing
-    for one, other in zip(wanted.gaps, got.gaps, strict=True):
+    for one, other in zip([*wanted.gaps, *wanted.scores], [*got.gaps, *got.scores], strict=True):
         assert_float_equal(other, one)
 
 

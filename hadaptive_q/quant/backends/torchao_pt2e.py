@@ -186,11 +186,13 @@ def quantizer_of(graph: GraphModule, name: str) -> ActivationFakeQuantize:
     return found
 
 
-def start_fit(calibrated: Calibrated, learned: bool, live: Iterable[Tensor] | None = None) -> None:
-    """Make ready for training: dropout on, ranges learned or following the batches, BatchNorm live over `live`."""
+def start_fit(
+    calibrated: Calibrated, learned: bool, dropout: bool = True, live: Iterable[Tensor] | None = None
+) -> None:
+    """Make ready for training: ranges learned or following the batches, dropout, BatchNorm live over `live`."""
     if live is not None:
         unfold_batch_norm(calibrated.graph, live)
-    set_dropout(calibrated.graph, active=True)
+    set_dropout(calibrated.graph, active=dropout)
     for quantizer in activation_quantizers(calibrated.graph):
         quantizer.learn(learned)
         quantizer.follow = not learned

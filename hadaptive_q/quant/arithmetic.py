@@ -1,0 +1,165 @@
+"""The integer arithmetic of the ExecuTorch/XNNPACK runtime, operator by operator, on tensors of codes.
+
+Every function here is a definition: what a written file computes, rounding by rounding. Codes are int8 tensors of any
+batch size, on the CPU; scales are float32 values, held as Python floats. Sums run in floating point, where integers are
+exact as long as every partial sum stays below 2^24 (float32) or 2^53 (float64); `exact_dtype` proves which one serves.
+
+Source: XNNPACK 1adaa7c (src/microparams-init.c, src/operators/convolution-nhwc.c, src/reference/unary-elementwise.cc,
+src/qs8-vadd, src/qs8-qc8w-gemm, src/f32-qs8-vcvt, src/qs8-f32-vcvt), restated; checked against files run in the
+stock runtime of executorch 1.5.1 on x86-64 and on emulated Cortex-A53 and A76.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LOWEST, HIGHEST = -128, 127
+# |code - zero point|, both in 8 bits.
+LARGEST_OFFSET = HIGHEST - LOWEST
+MULTIPLIER_BITS = 20
+# XNNPACK states the ratio of an addition's scales may lie in [2^-10, 2^8) and checks it in debug builds only.
+SMALLEST_RATIO, LARGEST_RATIO = 2.0**-10, 2.0**8
+
+
+class Grid(NamedTuple):
+    """The affine grid of a tensor: ``x = (code - zero_point) * scale`` for codes in [-128, 127]."""
+
+    scale: float
+    zero_point: int
+
+
+class Taps(NamedTuple):
+    """How a convolution steps over its input; pairs are (vertical, horizontal)."""
+
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+
+def quantize(x: Tensor, grid: Grid) -> Tensor:
+    """Return the codes of float32 `x`: ``clamp(round(x * (1 / s)) + z, -128, 127)``.
+
+    The reciprocal and the product each round once in float32; `round` is half to even.
+    """
+    inverse = 1.0 / _float32(grid.scale)
+    return _saturate((x * inverse).round() + grid.zero_point)
+
+
+def dequantize(codes: Tensor, grid: Grid) -> Tensor:
+    """Return ``(q - z) * s`` in float32: 9-bit differences, one rounding."""
+    return (codes.to(torch.float32) - grid.zero_point) * _float32(grid.scale)
+
+
+def multiplier(input_scale: float, weight_scale: Tensor, output_scale: float) -> Tensor:
+    """Return the rescale factors `(C,)` of a layer: ``(s_x * s_w) / s_y`` in float32, rounded after each operator."""
+    return _float32(input_scale) * weight_scale.to(torch.float32) / _float32(output_scale)
+
+
+def quantize_bias(bias: Tensor, input_scale: float, weight_scale: Tensor) -> Tensor:
+    """Return the int32 bias `(C,)` that lowering writes: ``round(b * (1 / (s_w * s_x)))``, all in float32."""
+    step = weight_scale.to(torch.float32) * _float32(input_scale)
+    return (bias.to(torch.float32) * (1.0 / step)).round().to(torch.int32)
+
+
+def exact_dtype(weight: Tensor) -> torch.dtype:
+    """Return the floating-point type in which a layer's sums over `weight` `(C, ...)` are exact in any order.
+
+    No partial sum exceeds ``255 * sum |w|`` of its channel; K products of 9-bit offsets and 8-bit weights need
+    16 + ceil(log2 K) bits and a sign. Float32 takes 24, float64 takes 53.
+    """
+    largest = LARGEST_OFFSET * float(weight.to(torch.float64).abs().flatten(1).sum(dim=1).max())
+    return torch.float32 if largest < 2**24 else torch.float64
+
+
+def conv2d(
+    codes: Tensor, weight: Tensor, bias: Tensor | None, zero_point: int, factor: Tensor, out: int, taps: Taps
+) -> Tensor:
+    """Convolve codes `(B, C, H, W)` with int8 weights; `factor` `(C',)` is `multiplier`'s, `out` the new zero point.
+
+    Formula: ``acc = b + sum (q - z) w``, padding with ``q = z``; ``y = clamp(round(float32(acc) f) + z', -128, 127)``.
+    Bits: q - z 9, w 8, acc 32 (see `exact_dtype`); float32(acc) rounds beyond 24 bits; one rounding of the product and
+    one, half to even, to the code. Depthwise convolutions are the case ``groups = C``.
+    """
+    dtype = exact_dtype(weight)
+    offsets = codes.to(dtype) - zero_point
+    # NNPACK, where a build of torch prefers it, convolves by transforms that are exact for no integer.
+    with torch.backends.nnpack.flags(enabled=False):
+        acc = F.conv2d(offsets, weight.to(dtype), None, taps.stride, taps.padding, taps.dilation, taps.groups)
+    return requantize(_add_bias(acc, bias), factor, out)
+
+
+def linear(codes: Tensor, weight: Tensor, bias: Tensor | None, zero_point: int, factor: Tensor, out: int) -> Tensor:
+    """Multiply codes `(B, K)` by int8 weights `(C, K)`; formula and bits are those of `conv2d`."""
+    dtype = exact_dtype(weight)
+    acc = F.linear(codes.to(dtype) - zero_point, weight.to(dtype))
+    return requantize(_add_bias(acc, bias), factor, out)
+
+
+def requantize(acc: Tensor, factor: Tensor, zero_point: int) -> Tensor:
+    """Return ``clamp(round(float32(acc) * f) + z, -128, 127)`` of int32 `acc` `(B, C, ...)` and `f` `(C,)`."""
+    scaled = acc.to(torch.float32) * factor.reshape(-1, *(1,) * (acc.dim() - 2))
+    return _saturate(scaled.round() + zero_point)
+
+
+def add(a: Tensor, b: Tensor, a_grid: Grid, b_grid: Grid, out: Grid) -> Tensor:
+    """Add two tensors of codes in fixed point.
+
+    Formula: ``r_a = s_a / s_y``, ``r_b = s_b / s_y`` in float32; ``h = 20 - floor(log2 max(r_a, r_b))``;
+    ``m = round(r 2^h)``; ``y = clamp(((m_a (a - z_a) + m_b (b - z_b) + 2^(h-1)) >> h) + z_y, -128, 127)``.
+    Bits: m at most 22, each product at most 30 and a sign, their sum with the rounding term 32; h lies in [12, 30]. The
+    shift rounds half up, not to even. Raises ValueError for ratios the runtime does not promise anything about.
+    """
+    (a_factor, b_factor), shift = fixed_point(a_grid.scale, b_grid.scale, out.scale)
+    acc = a_factor * (a.to(torch.int32) - a_grid.zero_point) + b_factor * (b.to(torch.int32) - b_grid.zero_point)
+    return _saturate(((acc + (1 << (shift - 1))) >> shift) + out.zero_point)
+
+
+def fixed_point(a_scale: float, b_scale: float, out_scale: float) -> tuple[tuple[int, int], int]:
+    """Return the integer factors of both operands of an addition and the shift they share (see `add`)."""
+    ratios = [float(_float32(scale) / _float32(out_scale)) for scale in (a_scale, b_scale)]
+    if min(ratios) < SMALLEST_RATIO or max(ratios) >= LARGEST_RATIO:
+        raise ValueError(f"ratios of scales {ratios} lie outside [2^-10, 2^8)")
+    shift = MULTIPLIER_BITS - (math.frexp(max(ratios))[1] - 1)
+    a_factor, b_factor = (round(math.ldexp(ratio, shift)) for ratio in ratios)
+    return (a_factor, b_factor), shift
+
+
+def table(function: Callable[[Tensor], Tensor], source: Grid, out: Grid) -> Tensor:
+    """Return the 256 int8 results of an element-wise function, for codes -128 to 127 in that order.
+
+    Formula: ``clamp(round(f((q - z) s) * (1 / s') + z'), -128, 127)`` in float32. Unlike `quantize`, the zero point is
+    added before rounding: one more rounding, and ties that fall to the even code, not to the even multiple.
+    """
+    codes = torch.arange(LOWEST, HIGHEST + 1, dtype=torch.int8)
+    values = function(dequantize(codes, source))
+    return _saturate((values * (1.0 / _float32(out.scale)) + out.zero_point).round())
+
+
+def lookup(codes: Tensor, entries: Tensor) -> Tensor:
+    """Return ``entries[q + 128]``: 8 bits in, 8 bits out."""
+    return entries[codes.to(torch.int32) - LOWEST]
+
+
+def hardswish(x: Tensor) -> Tensor:
+    """Return ``(x / 6) * clamp(x + 3, 0, 6)`` in float32, in the order in which tables of Hardswish are filled."""
+    return (x / torch.full_like(x, 6.0)) * (x + 3.0).clamp(0.0, 6.0)
+
+
+def _add_bias(acc: Tensor, bias: Tensor | None) -> Tensor:
+    acc = acc.to(torch.int32)
+    return acc if bias is None else acc + bias.reshape(-1, *(1,) * (acc.dim() - 2))
+
+
+def _saturate(values: Tensor) -> Tensor:
+    return values.clamp(LOWEST, HIGHEST).to(torch.int8)
+
+
+def _float32(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float32)
