@@ -16,7 +16,7 @@ from hadaptive_q.quant.histogram import Histogram
 ObserverName = Literal["minmax", "mse", "histogram", "product"]
 RangeName = Literal["minmax", "mse", "histogram"]
 Range = tuple[Tensor, Tensor]
-SAMPLES_PER_BATCH = 4096
+SAMPLES_PER_BATCH = 16384
 COARSE = FINE = 20
 SMALLEST_SHARE = 0.1
 ROUNDS = 2
