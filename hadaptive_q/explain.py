@@ -52,7 +52,7 @@ def explain(run: FinishedRun, layers: Sequence[str] = (), samples: int = 64) -> 
         samples=len(inputs),
         logits=Logits(
             program_to_float_db=sqnr_db(reference, blames.rounded),
-            training_db=sqnr_db(reference, blames.plain),
+            parameters_db=sqnr_db(reference, blames.plain),
             rounding_db=sqnr_db(blames.plain, blames.rounded),
             held_db=sqnr_db(blames.plain, blames.held),
         ),

@@ -246,7 +246,7 @@ def test_explain_as_json(run_folder: Path) -> None:
     explained = json.loads(done.stdout)
     assert explained.keys() >= EXPLAINED
     assert explained["samples"] == 8
-    assert explained["logits"].keys() >= {"program_to_float_db", "training_db", "rounding_db", "held_db"}
+    assert explained["logits"].keys() >= {"program_to_float_db", "parameters_db", "rounding_db", "held_db"}
     for tensor in explained["tensors"]:
         assert tensor.keys() >= TENSOR
         assert tensor["blame"].keys() >= {"alone_db", "gained_db", "share", "held_share"}

@@ -53,8 +53,8 @@ def test_logits_by_hand(nano_run: Any, finished: FinishedRun, explanation: Expla
     assert logits.program_to_float_db == pytest.approx(sqnr_db(reference, rounded), abs=0.01)
     assert logits.rounding_db == pytest.approx(sqnr_db(plain, rounded), abs=0.01)
     # Calibration alone moved biases onto their grid, and no weight.
-    assert logits.training_db == pytest.approx(sqnr_db(reference, plain), abs=0.5)
-    assert logits.training_db > 30
+    assert logits.parameters_db == pytest.approx(sqnr_db(reference, plain), abs=0.5)
+    assert logits.parameters_db > 30
     assert logits.held_db >= logits.rounding_db
     assert explanation.swapped_share == pytest.approx(1 - 10 ** ((logits.rounding_db - logits.held_db) / 10))
 

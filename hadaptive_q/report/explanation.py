@@ -10,14 +10,15 @@ from hadaptive_q.report.record import AchRecord, Part
 
 
 class Logits(Part):
-    """SQNR of logits in dB: the program against the float network; of that, training alone (its weights, with no
-    rounding, against the float network) and rounding alone (the program against those same weights without it).
+    """SQNR of logits in dB: the program against the float network, and its two parts.
 
-    `held_db` is rounding alone while every image keeps the channels it selects without it.
+    `parameters_db`: the parameters that ship, before any rounding (after training, biases on the runtime's grid),
+    against the float network; `rounding_db`: the program against those parameters; `held_db`: the same while every
+    image keeps the channels it selects without rounding.
     """
 
     program_to_float_db: float
-    training_db: float
+    parameters_db: float
     rounding_db: float
     held_db: float
 

@@ -30,8 +30,8 @@ def _summary(explanation: Explanation) -> str:
     lines = [
         f"{run}: {explanation.samples} validation images",
         f"{logits.program_to_float_db:5.1f} dB  logit SQNR of the quantized program to the float network",
-        f"{logits.training_db:5.1f} dB  of the trained weights alone, nothing rounded, to the float network",
-        f"{logits.rounding_db:5.1f} dB  of rounding alone, to the trained weights",
+        f"{logits.parameters_db:5.1f} dB  of its parameters before rounding (trained, biases on a grid), to the same",
+        f"{logits.rounding_db:5.1f} dB  of rounding alone, to those parameters",
     ]
     if explanation.selects:
         lines.append(

@@ -62,7 +62,7 @@ def explanation(held_db: float = 20.0, count: int = 40) -> Explanation:
         recipe_digest="sha256:0",
         data="glyphs",
         samples=64,
-        logits=Logits(program_to_float_db=9.0, training_db=12.0, rounding_db=10.0, held_db=held_db),
+        logits=Logits(program_to_float_db=9.0, parameters_db=12.0, rounding_db=10.0, held_db=held_db),
         tensors=[tensor(index, "weight" if index == 1 else "activation") for index in range(count)],
         ach=[ach],
         float_islands=[FloatIsland(layer="tail.act", operators={"hardswish": 1, "mul": 10})],
