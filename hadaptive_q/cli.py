@@ -177,6 +177,30 @@ def _ratio(result: dict[str, Any], base: dict[str, Any] | None, key: str) -> str
     return f", {result[key] / base[key]:.3f} of the compared file" if base else ""
 
 
+@app.command()
+def explain(
+    run: Annotated[Path, typer.Argument(help="The folder of a finished qat or ptq run.")],
+    layer: Annotated[list[str] | None, typer.Option(help="Only this module and what is inside it, repeatable.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Validation images, spread over the split.")] = 64,
+    as_json: AsJson = False,
+) -> None:
+    """Say who is to blame, layer by layer: formats, ranges, SQNR, flips, and the share of the output error.
+
+    Without --layer it goes into the run's report, too, and into explain.json beside it.
+    """
+    from hadaptive_q.explain import explain as explain_run
+    from hadaptive_q.explain import write_explanation
+    from hadaptive_q.report.listing import listing
+    from hadaptive_q.restore import open_run
+
+    finished = open_run(run)
+    explanation = explain_run(finished, layer or [], samples)
+    typer.echo(explanation.model_dump_json(indent=1) if as_json else listing(explanation, whole=bool(layer)))
+    if not layer:
+        write_explanation(finished, explanation)
+        typer.echo(f"report: {run / 'report.html'}", err=True)
+
+
 @app.command("import")
 def import_(
     checkpoint: Annotated[Path, typer.Argument(help="An authors' checkpoint (.pt).")],

@@ -63,7 +63,7 @@ def train_float(recipe: Recipe, out: Path, checkpoint: Path | None = None) -> tu
     Raises UserError where the checkpoint and the data do not fit.
     """
     given = load_model(checkpoint) if checkpoint else None
-    data = _open_data_for(recipe, given)
+    data = open_data_for(recipe, given)
     model = given or _trained(recipe, data, out)
     if given:
         model.preprocess = data.preprocess
@@ -100,6 +100,7 @@ def quantize(recipe: Recipe, out: Path, checkpoint: Path | None = None) -> Repor
     _write_checked(out / "model.pte", quantized_pte, data)
 
     report = _measure(recipe, out, data, reference, manifest, program, deploy, quantized_pte)
+    (out / "explain.json").unlink(missing_ok=True)  # of an earlier run in this folder
     write_report_pages(report, out)
     report.write(out / "report.json")
     return report
@@ -109,14 +110,18 @@ def quantized_program(
     recipe: Recipe, model: HadaptiveNet, data: ImageData, manifest: Manifest, out: Path, teacher: HadaptiveNet
 ) -> QuantizedProgram:
     """Prepare, calibrate, fit where the recipe trains, and convert `model`; `teacher` is the network as trained."""
-    graph = deploy_graph(model, data.preprocess.image_size)
-    prepared = backend.prepare(graph, make_plan(graph, recipe.quantize), recipe.quantize.observer)
+    prepared = prepare(recipe, deploy_graph(model, data.preprocess.image_size))
     calibrated = backend.calibrate(prepared, batches(manifest, data, recipe.calibration.batch_size))
     if recipe.fit:
         _fit(recipe, calibrated, teacher, data, manifest, out)
     # save_model, not save_file: tensors that share a scale share one fake-quantizer.
     atomic.write_with(out / "quantized.safetensors", lambda path: save_tensors(calibrated.graph, str(path)))
     return backend.convert(calibrated, data.preprocess)
+
+
+def prepare(recipe: Recipe, graph: GraphModule) -> backend.Prepared:
+    """Plan `recipe` on the deploy graph `graph` and insert its fake-quantizers (in place)."""
+    return backend.prepare(graph, make_plan(graph, recipe.quantize), recipe.quantize.observer)
 
 
 def _fit(
@@ -150,7 +155,7 @@ def _fit(
     discard_state(training)
 
 
-def _open_data_for(recipe: Recipe, given: HadaptiveNet | None) -> ImageData:
+def open_data_for(recipe: Recipe, given: HadaptiveNet | None) -> ImageData:
     """Open the recipe's data the way `given` was trained to see images."""
     trained = given.preprocess if given else None
     size = recipe.image_size or (trained.image_size if trained else None)
@@ -229,7 +234,7 @@ def _measure(
     file, float_file = PteFile(out / "model.pte"), PteFile(out / "float.pte")
     shipped = file.predict(data.val, data.preprocess)
     parity = compare(quantized, shipped, output_scale(program.graph))
-    inputs = normalise(torch.stack([data.val[i][0] for i in _spread(len(data.val), LAYER_SAMPLES)]), data.preprocess)
+    inputs = normalise(torch.stack([data.val[i][0] for i in spread(len(data.val), LAYER_SAMPLES)]), data.preprocess)
     return Report(
         model=reference.model.config.name,
         recipe=recipe.name,
@@ -270,6 +275,6 @@ def _measure(
     )
 
 
-def _spread(length: int, count: int) -> list[int]:
+def spread(length: int, count: int) -> list[int]:
     """Return at most `count` indices spread evenly over ``range(length)``: splits are often sorted by class."""
     return [i * length // min(length, count) for i in range(min(length, count))]

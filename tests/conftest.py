@@ -7,18 +7,26 @@ import functools
 import os
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from hadaptive_q import pipeline
 from hadaptive_q.data.datasets import ImageData, TensorSplit
 from hadaptive_q.data.sources import open_data
 from hadaptive_q.data.transforms import normalise
 from hadaptive_q.models.ach import DySoft
+from hadaptive_q.models.checkpoint import save_model
 from hadaptive_q.models.hadaptive_net import HadaptiveNet, create_model
+from hadaptive_q.pipeline import quantized_program
+from hadaptive_q.quant.program import QuantizedProgram
+from hadaptive_q.recipe import load_recipe
+from hadaptive_q.report.record import Report
 from hadaptive_q.rewrite.deploy import deploy_graph
 from hadaptive_q.rewrite.freeze_selection import freeze_selection
 from hadaptive_q.rewrite.graph import trace
@@ -143,6 +151,36 @@ def nano_traced(make_graph: Callable[..., GraphModule]) -> GraphModule:
 def nano_graph(make_graph: Callable[..., GraphModule]) -> GraphModule:
     """`nano` in deploy form; the test may change it."""
     return make_graph(deploy_graph)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run of the nano network: its folder, its report, and the program it converted."""
+
+    folder: Path
+    report: Report
+    program: QuantizedProgram
+
+
+@pytest.fixture(scope="session")
+def nano_run(
+    make_nano: Callable[..., HadaptiveNet], digits: ImageData, tmp_path_factory: pytest.TempPathFactory
+) -> Run:
+    """The nano network through `int8_ptq`, to be read only: lowering takes most of its time."""
+    folder = tmp_path_factory.mktemp("run")
+    model = make_nano()
+    model.preprocess = digits.preprocess
+    save_model(model, folder / "nano.safetensors")
+    converted: list[QuantizedProgram] = []
+
+    def kept(*arguments: Any) -> QuantizedProgram:
+        converted.append(quantized_program(*arguments))
+        return converted[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "quantized_program", kept)
+        report = pipeline.quantize(load_recipe("int8_ptq"), folder / "run", folder / "nano.safetensors")
+    return Run(folder / "run", report, converted[0])
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,7 @@ LAYERS = [
     ["arm"],
     ["lower"],
     ["report"],
-    ["pipeline", "evaluate", "bench"],
+    ["pipeline", "evaluate", "bench", "restore", "explain"],
     ["cli", "__main__", "__init__"],
 ]
 FENCES = {
@@ -109,6 +109,7 @@ def test_refused_habits(path: Path) -> None:
     [
         ["--help"],
         ["qat", "--help"],
+        ["explain", "--help"],
         ["recipes"],
         ["qat", "--recipe", "int9"],
         ["qat", "--set", "fit.epoch=3"],

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import shutil
 import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -45,7 +47,7 @@ def test_a_process_of_its_own() -> None:
     assert_one_clear_line(done, "int88", "'int8'")
     done = subprocess.run([*command[:3], "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0
-    for name in ("train", "qat", "ptq", "eval", "bench", "import", "info", "recipes"):
+    for name in ("train", "qat", "ptq", "eval", "bench", "explain", "import", "info", "recipes"):
         assert name in done.stdout
 
 
@@ -120,6 +122,8 @@ MISTAKES = [
     (["info", "hadaptive_net"], ["hadaptive_net", "hadaptive_net_s"]),
     (["bench", "nothing.pte"], ["nothing.pte", "no such file"]),
     (["bench", "nothing.pte", "--core", "cortex-a7"], ["cortex-a7", "cortex-a76"]),
+    (["explain", "nothing"], ["run nothing", "no such folder", "hadaptive-q qat"]),
+    (["explain", "."], ["no recipe.yaml", "report.json", "hadaptive-q qat"]),
     (["eval", "nothing.pte"], ["nothing.pte", "no such file"]),
     (["eval", "nothing.safetensors"], ["nothing.safetensors", "no such file"]),
     (["ptq", "--set", "calibration.manifest=digitz"], ["digitz", "'digits'"]),
@@ -215,3 +219,56 @@ def test_folder_from_images_to_file(images: Path, tmp_path: Path) -> None:
     assert json.loads(done.stdout)["top1"] == report["accuracy"]["pte_top1"]
     done = run("eval", str(out / "float.safetensors"), "--data", str(images), "--json")
     assert json.loads(done.stdout)["top1"] == report["accuracy"]["float_top1"]
+
+
+@pytest.fixture
+def run_folder(nano_run: Any, tmp_path: Path) -> Path:
+    shutil.copytree(nano_run.folder, tmp_path / "ein Lauf")
+    return tmp_path / "ein Lauf"
+
+
+EXPLAINED = {
+    *("model", "recipe", "recipe_digest", "data", "samples", "logits", "tensors", "ach", "float_islands"),
+}
+TENSOR = {
+    *("layer", "name", "kind", "tensors", "format", "granularity", "low", "high", "scale", "smallest_scale"),
+    *("zero_point", "clipped", "sqnr_db", "blame"),
+}
+ACH_KEYS = {
+    *("name", "selection", "flip_rate", "rank_flip_rate", "operand_sqnr_db", "product_sqnr_db", "output_sqnr_db"),
+    *("operand_scale", "output_scale", "scale_ratio", "rank_gap", "score_error", "tau", "slope", "bias_max"),
+}
+
+
+def test_explain_as_json(run_folder: Path) -> None:
+    done = run("explain", str(run_folder), "--samples", "8", "--json")
+    assert done.returncode == 0, done.stderr
+    explained = json.loads(done.stdout)
+    assert explained.keys() >= EXPLAINED
+    assert explained["samples"] == 8
+    assert explained["logits"].keys() >= {"program_to_float_db", "parameters_db", "rounding_db", "held_db"}
+    for tensor in explained["tensors"]:
+        assert tensor.keys() >= TENSOR
+        assert tensor["blame"].keys() >= {"alone_db", "gained_db", "share", "held_share"}
+    assert all(ach.keys() >= ACH_KEYS for ach in explained["ach"])
+    assert json.loads((run_folder / "explain.json").read_text()) == explained
+
+
+def test_explain_one_layer_as_text(run_folder: Path) -> None:
+    before = (run_folder / "report.html").read_bytes()
+    arguments = ["--layer", "blocks.2.expansion", "--layer", "head", "--samples", "8"]
+    done = run("explain", str(run_folder), *arguments)
+    assert done.returncode == 0, done.stderr
+    assert max(map(len, done.stdout.splitlines())) <= 120
+    for word in ("blocks.2.expansion.pointwise: weight", "head.classifier: ", "own scores", "fp32 islands"):
+        assert word in done.stdout
+    assert "blocks.3" not in done.stdout
+    # A part of it is no report.
+    assert not (run_folder / "explain.json").exists()
+    assert (run_folder / "report.html").read_bytes() == before
+
+
+def test_explain_names_the_nearest_layer(run_folder: Path) -> None:
+    done = run("explain", str(run_folder), "--layer", "blocks.2.expension")
+    assert_one_clear_line(done, "--layer blocks.2.expension", "'blocks.2.expansion'")
+    assert run("explain", str(run_folder), "--samples", "0").returncode == 2

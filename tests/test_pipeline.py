@@ -11,10 +11,14 @@ import torch
 from hadaptive_q.data.sources import open_data
 from hadaptive_q.errors import UserError
 from hadaptive_q.evaluate import evaluate_file
+from hadaptive_q.lower.parity import sqnr_db, top1
+from hadaptive_q.lower.runtime import PteFile
 from hadaptive_q.models.checkpoint import load_model, save_model
 from hadaptive_q.models.hadaptive_net import create_model
 from hadaptive_q.pipeline import quantize, train_float
 from hadaptive_q.recipe import Recipe, load_recipe, parse_recipe, shipped
+from hadaptive_q.restore import open_run
+from hadaptive_q.train.loop import predict
 
 QUANTIZING = [name for name in shipped("recipes") if load_recipe(name).task != "train"]
 TRAINING = [name for name in shipped("recipes") if load_recipe(name).task == "train"]
@@ -73,6 +77,13 @@ def test_recipe_gives_a_measured_file(name: str, trained: Path, tmp_path: Path) 
     assert again["top1"] == report.accuracy.pte_top1
     assert report.parity.top1_agreement >= 0.95  # an untrained network has many near-ties among its logits
     assert abs(report.accuracy.pte_top1 - report.accuracy.quantized_top1) <= 5
+
+    # The folder holds all that the program was made of.
+    run = open_run(tmp_path)
+    restored, labels = predict(run.program().graph, run.data.val, run.data.preprocess)
+    file = PteFile(tmp_path / "model.pte").predict(run.data.val, run.data.preprocess)
+    assert top1(restored, labels) == report.accuracy.quantized_top1
+    assert sqnr_db(restored, file) == report.parity.sqnr_db
 
     selections = {ach.selection for ach in report.ach}
     assert selections == {recipe.quantize.selection}

@@ -9,15 +9,19 @@ import re
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from hadaptive_q.report.explanation import Explanation
+from hadaptive_q.report.listing import tensor_label
 from hadaptive_q.report.record import LayerRecord, Report
 
 FLOAT_COLOR, INT8_COLOR, WARM, GRID = "#8a8f98", "#2f6fde", "#d9822b", "#d8dce2"
 WIDTH = 9.0
+BLAMED = 20
 
 
-def plots(report: Report) -> dict[str, str]:
+def plots(report: Report, explanation: Explanation | None = None) -> dict[str, str]:
     """Return the plots by name, each one `<svg>` element."""
-    return {"summary": _summary(report), "layers": _layers(report.layers), "ranges": _ranges(report)}
+    drawn = {"summary": _summary(report), "layers": _layers(report.layers), "ranges": _ranges(report)}
+    return drawn | ({"blame": _blame(explanation)} if explanation else {})
 
 
 def _svg(figure: Figure) -> str:
@@ -92,4 +96,29 @@ def _ranges(report: Report) -> str:
     axis.set_title("Range of X~, of the products, and of the products after their norm", fontsize=10, loc="left")
     axis.legend(fontsize=8, frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.8, 1.0))
     axis.spines[["top", "right"]].set_visible(False)
+    return _svg(figure)
+
+
+def _blame(explanation: Explanation) -> str:
+    tensors = explanation.tensors[:BLAMED]
+    panels = [("Alone, % of all noise", [100 * t.blame.share for t in tensors], FLOAT_COLOR, "{:.1f}")]
+    if explanation.selects:
+        # On an axis of its own: next to the noise of swapped channels it may be a hairline.
+        panels.append(("Selections held, %", [100 * t.blame.held_share for t in tensors], INT8_COLOR, "{:.2f}"))
+    panels.append(("Gained without it, dB", [t.blame.gained_db for t in tensors], WARM, "{:+.2f}"))
+    figure = _figure(0.7 + 0.24 * len(tensors))
+    axes = figure.subplots(1, len(panels), sharey=True)
+    for axis, (title, values, color, form) in zip(axes, panels, strict=True):
+        axis.bar_label(axis.barh(range(len(values)), values, color=color, height=0.7), fmt=form, fontsize=7, padding=3)
+        axis.set_title(title, fontsize=9, loc="left")
+        axis.margins(x=0.3)
+        axis.locator_params(axis="x", nbins=5)
+        axis.tick_params(axis="x", labelsize=7)
+        axis.tick_params(axis="y", length=0)
+        axis.axvline(0, color=FLOAT_COLOR, linewidth=0.8)
+        axis.grid(axis="x", color=GRID)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right", "left"]].set_visible(False)
+    axes[0].set_yticks(range(len(tensors)), [tensor_label(tensor) for tensor in tensors], fontsize=7)
+    axes[0].set_ylim(len(tensors) - 0.5, -0.5)
     return _svg(figure)

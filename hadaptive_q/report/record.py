@@ -10,12 +10,14 @@ from pydantic import BaseModel, ConfigDict
 from hadaptive_q.atomic import write_text
 
 
-class _Part(BaseModel):
+class Part(BaseModel):
+    """A section of a record: unknown keys are refused."""
+
     # Infinite ratios (equal tensors) become JSON texts: a bare Infinity is no JSON.
     model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
 
 
-class Accuracy(_Part):
+class Accuracy(Part):
     """Top-1 in percent over the whole validation split, each by running that very form."""
 
     samples: int
@@ -27,7 +29,7 @@ class Accuracy(_Part):
     pte_top5: float
 
 
-class Size(_Part):
+class Size(Part):
     """Bytes of the written files; deflated is what a download costs."""
 
     float_pte_bytes: int
@@ -35,7 +37,7 @@ class Size(_Part):
     pte_deflated_bytes: int
 
 
-class ParityRecord(_Part):
+class ParityRecord(Part):
     """The written file against the quantized program, and both against float; codes are steps of the output."""
 
     top1_agreement: float
@@ -46,7 +48,7 @@ class ParityRecord(_Part):
     float_sqnr_db: float
 
 
-class CoverageRecord(_Part):
+class CoverageRecord(Part):
     """Where the operators of the written file run."""
 
     delegates: int
@@ -54,7 +56,7 @@ class CoverageRecord(_Part):
     fp32_ops: list[str]
 
 
-class AchRecord(_Part):
+class AchRecord(Part):
     """One ACH over a part of the validation split: `flip_rate` is the share of chosen channels that float did not
     choose, `rank_flip_rate` the share of slots that hold another channel."""
 
@@ -71,7 +73,7 @@ class AchRecord(_Part):
     normed_max: float
 
 
-class LayerRecord(_Part):
+class LayerRecord(Part):
     """One quantized tensor: its SQNR against float, its float range and its scale."""
 
     name: str
@@ -82,7 +84,7 @@ class LayerRecord(_Part):
     scale: float
 
 
-class Latency(_Part):
+class Latency(Part):
     """Milliseconds per image on this machine, both files in alternation."""
 
     host_ms_median: float
@@ -91,7 +93,7 @@ class Latency(_Part):
     float_host_ms_spread: float
 
 
-class Report(_Part):
+class Report(Part):
     """Everything measured about one run."""
 
     model: str

@@ -8,12 +8,14 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from hadaptive_q.atomic import write_text
+from hadaptive_q.report.explanation import Explanation
+from hadaptive_q.report.listing import tensor_label
 from hadaptive_q.report.plots import plots
 from hadaptive_q.report.record import Report
 
 
-def write_report_pages(report: Report, folder: Path) -> None:
-    """Write both pages of `report` into `folder`."""
+def write_report_pages(report: Report, folder: Path, explanation: Explanation | None = None) -> None:
+    """Write both pages of `report` into `folder`, with who is to blame where an `explanation` was made."""
     environment = Environment(
         loader=PackageLoader("hadaptive_q.report"),
         # Names come from users' folders and class names: escaped in HTML, plain in Markdown.
@@ -24,9 +26,11 @@ def write_report_pages(report: Report, folder: Path) -> None:
     )
     environment.filters["mb"] = lambda count: f"{count / 1e6:.3f} MB"
     environment.filters["counted"] = _counted
-    shown = {"report": report, "weakest": sorted(report.layers, key=lambda layer: layer.sqnr_db)[:10]}
+    environment.filters["label"] = tensor_label
+    weakest = sorted(report.layers, key=lambda layer: layer.sqnr_db)[:10]
+    shown = {"report": report, "weakest": weakest, "explanation": explanation}
     write_text(folder / "report.md", environment.get_template("report.md.j2").render(shown))
-    page = environment.get_template("report.html.j2").render(shown, plots=plots(report))
+    page = environment.get_template("report.html.j2").render(shown, plots=plots(report, explanation))
     write_text(folder / "report.html", page)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_model
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -294,3 +295,15 @@ def test_calibration_sees_every_batch(make_graph: Callable[..., GraphModule], in
     one, both = ranges([inputs[:8]]), ranges([inputs[:8], inputs[8:]])
     assert all(b[0] <= a[0] and a[1] <= b[1] for a, b in zip(one, both, strict=True))
     assert one != both
+
+
+@pytest.mark.parametrize("learned", [True, False], ids=["learned", "following"])
+def test_restored_graph_computes_what_the_saved_one_did(
+    learned: bool, make_graph: Callable[..., GraphModule], inputs: Tensor, few_digits: ImageData, tmp_path: Path
+) -> None:
+    ready = calibrated(make_graph(deploy_graph), inputs)
+    fit(ready, few_digits, learned)
+    save_model(ready.graph, str(tmp_path / "state.safetensors"))
+    restored = backend.restore(prepared(make_graph(deploy_graph)), tmp_path / "state.safetensors")
+    assert torch.equal(simulated(restored, inputs), simulated(ready, inputs))
+    assert_program_equals_simulation(restored, inputs, few_digits)

@@ -2,6 +2,7 @@
 
 Each step returns a type of its own, so that a wrong order does not type-check:
 `prepare` -> Prepared, `calibrate` -> Calibrated, (`start_fit`, training, `end_fit`,) `convert` -> QuantizedProgram.
+`restore` takes the place of `calibrate` where a run was saved.
 """
 
 from __future__ import annotations
@@ -9,8 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_model
 from torch import Tensor
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
@@ -184,6 +188,26 @@ def quantizer_of(graph: GraphModule, name: str) -> ActivationFakeQuantize:
     (found,) = {graph.get_submodule(str(user.target)) for user in node.users if user.op == "call_module"}
     assert isinstance(found, ActivationFakeQuantize)
     return found
+
+
+@torch.no_grad()
+def restore(prepared: Prepared, path: Path) -> Calibrated:
+    """Load the state that a calibrated graph was saved with (`*.safetensors`); it computes what that one did.
+
+    Raises UserError where the file is broken or belongs to another graph.
+    """
+    modules = dict(prepared.graph.named_modules())
+    for node in prepared.graph.graph.nodes:
+        quantizer = modules.get(str(node.target))
+        if isinstance(quantizer, PerChannelWeightFakeQuantize):
+            # Its scale has no shape before it has seen its weight, and loading wants the shape that was saved.
+            quantizer(constant(prepared.graph, node.args[0]))
+    try:
+        load_model(prepared.graph, path)
+    except (SafetensorError, RuntimeError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(str(path), f"'{reason}'", "the state this run saved", "run it again") from error
+    return Calibrated(prepared.graph, prepared.plan)
 
 
 def start_fit(

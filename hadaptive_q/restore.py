@@ -1,0 +1,95 @@
+"""A finished run, rebuilt from its folder: the float network, its deploy graph, and the graph that was converted."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from torch.fx import GraphModule
+
+from hadaptive_q.data.calibration import read_manifest, resolve
+from hadaptive_q.data.datasets import ImageData
+from hadaptive_q.errors import UserError
+from hadaptive_q.models.checkpoint import load_model
+from hadaptive_q.models.hadaptive_net import HadaptiveNet
+from hadaptive_q.pipeline import open_data_for, prepare
+from hadaptive_q.quant.backends import torchao_pt2e as backend
+from hadaptive_q.quant.program import QuantizedProgram
+from hadaptive_q.recipe import Recipe, parse_recipe, read_yaml
+from hadaptive_q.report.record import Report
+from hadaptive_q.rewrite.deploy import deploy_graph
+
+# The report is the last file a run writes.
+FILES = ("recipe.yaml", "calibration.yaml", "float.safetensors", "float.json", "quantized.safetensors", "report.json")
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """What a run worked with: `model` has its selection frozen where the recipe says static."""
+
+    folder: Path
+    recipe: Recipe
+    report: Report
+    data: ImageData
+    model: HadaptiveNet
+    deploy: GraphModule
+    calibrated: backend.Calibrated
+
+    def program(self) -> QuantizedProgram:
+        """Return the quantized program, converted from a copy: `calibrated` stays as it is."""
+        return backend.convert(copy.deepcopy(self.calibrated), self.data.preprocess)
+
+
+def open_run(folder: Path) -> FinishedRun:
+    """Rebuild the run in `folder`.
+
+    Raises UserError where `folder` is not a finished run, a file of it is broken, or its data is not what it was.
+    """
+    _check_files(folder, FILES)
+    recipe = parse_recipe(read_yaml(folder / "recipe.yaml"), str(folder / "recipe.yaml"))
+    report = _read_report(folder / "report.json")
+    model = load_model(folder / "float.safetensors")
+    data = open_data_for(recipe, model)
+    resolve(read_manifest(folder / "calibration.yaml"), data)  # raises where the data changed since
+    if recipe.quantize.selection == "static":
+        _freeze(model, folder / "selection.json")
+    deploy = deploy_graph(model, data.preprocess.image_size)
+    calibrated = backend.restore(prepare(recipe, copy.deepcopy(deploy)), folder / "quantized.safetensors")
+    return FinishedRun(folder, recipe, report, data, model, deploy, calibrated)
+
+
+def _check_files(folder: Path, names: tuple[str, ...]) -> None:
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        found = f"no {', '.join(missing)}" if folder.is_dir() else "no such folder"
+        raise UserError(
+            f"run {folder}",
+            found,
+            "the folder of a finished qat or ptq run",
+            f"finish it: hadaptive-q qat --out {folder}",
+        )
+
+
+def _read_report(path: Path) -> Report:
+    try:
+        return Report.model_validate_json(path.read_text(encoding="utf-8"))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(f"{path}, {where}", f"'{first['msg']}'", "a report of this version", "run it again") from error
+
+
+def _freeze(model: HadaptiveNet, path: Path) -> None:
+    _check_files(path.parent, (path.name,))
+    try:
+        chosen = json.loads(path.read_text(encoding="utf-8"))
+        for name, module in model.ach_modules():
+            module.freeze(torch.tensor(chosen[name]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            str(path), f"'{error}'", "channels for every ACH, as the run wrote them", "run it again"
+        ) from error
