@@ -15,6 +15,7 @@ from hadaptive_q.quant import arithmetic, float_kernels
 from hadaptive_q.quant.arithmetic import Grid
 from hadaptive_q.quant.fake_quant import ActivationFakeQuantize, PerChannelWeightFakeQuantize
 from hadaptive_q.quant.observers import RangeName
+from hadaptive_q.rewrite.equalise_products import choose_gain
 from hadaptive_q.rewrite.fold_batch_norm import affine
 from hadaptive_q.rewrite.fold_dysoft import fold_parameters
 
@@ -44,7 +45,8 @@ class QuantizedACH(nn.Module):
     4. Norm, fp32: for DySoft ``t = |a| s_m^2 p``, ``u = t / (1 + |t|)`` in (-1, 1), ``y = r u + c`` with
        ``r = |w| / |g|`` in [0, 1], ``c = b / g`` in [-1, 1] and the gain ``g = sign(a w) max(|w|, |b|, 2^-10)``, which
        the reader's weights take in: ``norm(Q) = g y``. p is exact in fp32; the factor, u and y round once per operator.
-       For a BatchNorm: ``y = (k s_m^2) p + h`` per slot, ``g = 1``.
+       For a BatchNorm with scale s and shift t per slot: ``y = (s / g) s_m^2 p + t / g`` with the gain g that evens
+       its slots out (`rewrite.equalise_products`).
     5. ``q = clamp(round(y / s_y) + z_y, -128, 127)``, 8 bits. X~ and the products never share a scale: X~ is unbounded,
        y is not, and the larger would take the codes of the smaller.
 
@@ -73,7 +75,7 @@ class QuantizedACH(nn.Module):
         for name, value in zip(("pair_i", "pair_j"), pair_indices(ach.cs), strict=True):
             self.register_buffer(name, value, persistent=False)
         self.register_buffer("frozen", None if ach.frozen is None else ach.frozen.clone())
-        self.norm = _DySoftSlots(ach.norm) if isinstance(ach.norm, DySoft) else _AffineSlots(ach.norm)
+        self.norm = _DySoftSlots(ach.norm) if isinstance(ach.norm, DySoft) else _AffineSlots(ach.norm, ach.cs)
         self.quantize_weight = PerChannelWeightFakeQuantize()
         self.quantize_weight(self.weight)  # gives its buffers the shapes that a checkpoint has
         self.quantize_input = ActivationFakeQuantize(observer)
@@ -203,14 +205,21 @@ class _DySoftSlots(nn.Module):
 
 
 class _AffineSlots(nn.Module):
-    """A BatchNorm behind the products as ``y = k q + h`` per slot; its range has to be measured."""
+    """A BatchNorm behind the products with its gain taken out: ``y = k q + h`` and ``norm = g y`` per slot.
 
-    def __init__(self, norm: nn.Module) -> None:
+    Its range has to be measured.
+    """
+
+    taken: Tensor
+
+    def __init__(self, norm: nn.Module, cs: int) -> None:
         super().__init__()
         assert isinstance(norm, nn.BatchNorm2d)
         scale, shift = _affine_of(norm)
-        self.scale = nn.Parameter(scale.reshape(1, -1, 1, 1))
-        self.shift = nn.Parameter(shift.reshape(1, -1, 1, 1))
+        gain, _ = choose_gain(scale, norm.weight.detach(), norm.bias.detach(), cs)
+        shape = (1, -1, 1, 1)
+        self.scale, self.shift = (nn.Parameter((value / gain).reshape(shape)) for value in (scale, shift))
+        self.register_buffer("taken", gain.reshape(shape))
 
     def forward(self, products: Tensor) -> Tensor:
         return products * self.scale + self.shift
@@ -221,7 +230,7 @@ class _AffineSlots(nn.Module):
         return products.float() * factor + self.shift
 
     def gain(self) -> Tensor:
-        return torch.ones_like(self.scale)
+        return self.taken
 
     def bounds(self) -> tuple[Tensor, Tensor] | None:
         return None

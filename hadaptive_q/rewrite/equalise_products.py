@@ -97,16 +97,23 @@ def _match(graph: GraphModule, last: Node) -> _Match | None:
     return _Match(last, outer[1], inner[1], inner[0], outer[0], *last.meta[AFFINE])
 
 
+def choose_gain(scale: Tensor, gamma: Tensor, beta: Tensor, cs: int) -> tuple[Tensor, Tensor | None]:
+    """Return the gain of every slot `(E,)` and the operands' factors `(cs,)`, if they can take the slopes."""
+    gain = even_gain(gamma, beta)
+    factors = operand_factors(scale / gain, cs)
+    if factors is None:
+        return gain, None
+    i, j = pair_indices(cs)
+    return scale / (factors[i] * factors[j]), factors
+
+
 @torch.no_grad()
 def _equalise(graph: GraphModule, match: _Match) -> None:
     scale, shift = match.scale.flatten(), match.shift.flatten()
-    gain = even_gain(match.gamma, match.beta)
     z = indexed_operand(match.product)
     assert z is not None
-    factors = operand_factors(scale / gain, int(z.meta["val"].shape[1]))
+    gain, factors = choose_gain(scale, match.gamma, match.beta, int(z.meta["val"].shape[1]))
     if factors is not None:
-        i, j = pair_indices(len(factors))
-        gain = scale / (factors[i] * factors[j])
         scale_operands(graph, match.product, factors.reshape(1, -1, 1, 1))
         match.scaled.replace_all_uses_with(match.product)
     else:
