@@ -32,6 +32,7 @@ from hadaptive_q.models.hadaptive_net import HadaptiveNet, create_model
 from hadaptive_q.quant.backends import torchao_pt2e as backend
 from hadaptive_q.quant.backends.torchao_pt2e import Calibrated
 from hadaptive_q.quant.damping import oscillation_damping
+from hadaptive_q.quant.interpreter import IntegerProgram
 from hadaptive_q.quant.plan import make_plan
 from hadaptive_q.quant.program import QuantizedProgram, export_graph
 from hadaptive_q.recipe import Recipe
@@ -193,8 +194,10 @@ def _trained(recipe: Recipe, data: ImageData, out: Path) -> HadaptiveNet:
     torch.manual_seed(recipe.seed)
     model = create_model(recipe.model, data.num_classes, slot_order=recipe.slot_order)
     model.preprocess = data.preprocess
-    training = Training(recipe.float, recipe.seed, "float", out / "float.state", key, float_loss(recipe.float))
-    train(ObservedModel(model).train(), data, training)
+    student = ObservedModel(model)
+    loss = float_loss(recipe.float, student)
+    training = Training(recipe.float, recipe.seed, "float", out / "float.state", key, loss)
+    train(student.train(), data, training)
     save_model(model, target, key)
     discard_state(training)
     return model
@@ -234,6 +237,7 @@ def _measure(
     file, float_file = PteFile(out / "model.pte"), PteFile(out / "float.pte")
     shipped = file.predict(data.val, data.preprocess)
     parity = compare(quantized, shipped, output_scale(program.graph))
+    integers, _ = predict(IntegerProgram(program), data.val, data.preprocess)
     inputs = normalise(torch.stack([data.val[i][0] for i in spread(len(data.val), LAYER_SAMPLES)]), data.preprocess)
     return Report(
         model=reference.model.config.name,
@@ -261,6 +265,7 @@ def _measure(
             changed_fraction=parity.changed_fraction,
             max_codes=parity.max_codes,
             sqnr_db=parity.sqnr_db,
+            integer_identical=float((integers == shipped).all(dim=1).double().mean()),
             float_agreement=agreement(reference.logits, shipped),
             float_sqnr_db=sqnr_db(reference.logits, shipped),
         ),

@@ -75,6 +75,7 @@ def test_recipe_gives_a_measured_file(name: str, trained: Path, tmp_path: Path) 
     again = evaluate_file(tmp_path / "model.pte", "digits")
     assert again["samples"] == report.accuracy.samples == 359
     assert again["top1"] == report.accuracy.pte_top1
+    assert report.parity.integer_identical == 1.0
     assert report.parity.top1_agreement >= 0.95  # an untrained network has many near-ties among its logits
     assert abs(report.accuracy.pte_top1 - report.accuracy.quantized_top1) <= 5
 
@@ -126,7 +127,8 @@ def test_manifest_calibrates_its_data(name: str, tmp_path: Path) -> None:
 
     manifest = resolve(find_manifest(recipe.calibration.manifest, data), data)
     assert manifest.digest == find_manifest(name, data).digest
-    program = quantized_program(recipe, load_model(checkpoint), data, manifest, tmp_path)
+    model = load_model(checkpoint)
+    program = quantized_program(recipe, model, data, manifest, tmp_path, teacher=model)
     assert program(torch.zeros(1, 3, 16, 16)).isfinite().all()
 
 

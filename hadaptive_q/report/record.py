@@ -38,12 +38,17 @@ class Size(Part):
 
 
 class ParityRecord(Part):
-    """The written file against the quantized program, and both against float; codes are steps of the output."""
+    """The written file against the quantized program, and both against float; codes are steps of the output.
+
+    `integer_identical` is the share of images on which the file and the integer interpreter of the program give the
+    very same logits.
+    """
 
     top1_agreement: float
     changed_fraction: float
     max_codes: int
     sqnr_db: float
+    integer_identical: float | None = None
     float_agreement: float
     float_sqnr_db: float
 

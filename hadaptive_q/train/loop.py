@@ -121,7 +121,9 @@ def discard_state(training: Training) -> None:
 
 
 @torch.no_grad()
-def predict(model: nn.Module, split: Split, preprocess: Preprocess, batch_size: int = 128) -> tuple[Tensor, Tensor]:
+def predict(
+    model: Callable[[Tensor], Tensor], split: Split, preprocess: Preprocess, batch_size: int = 128
+) -> tuple[Tensor, Tensor]:
     """Return logits `(N, classes)` and labels `(N,)` over a whole split; the caller sets eval mode."""
     logits, labels = [], []
     for images, label in batches_of(split, batch_size):

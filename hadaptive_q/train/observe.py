@@ -1,4 +1,4 @@
-"""Networks that show what a loss needs besides the logits: ACH's scores, the gaps between them, the blocks' outputs.
+"""Networks that show what a loss needs besides the logits: ACH's scores and the blocks' outputs.
 
 A float network is watched by hooks, a graph has further outputs; both answer alike, so one loss serves both trainings.
 """
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from hadaptive_q.models.ach import ACH
 from hadaptive_q.models.config import SlotOrder
 from hadaptive_q.models.hadaptive_net import HadaptiveNet
 from hadaptive_q.rewrite.graph import aten, constant, module_paths
@@ -20,32 +19,22 @@ from hadaptive_q.rewrite.products import Product, find_products
 
 
 class Observed(NamedTuple):
-    """`logits` `(B, classes)`; by ACH with per-sample selection the scores `(B, C)` and their gaps; the blocks' outputs
-    `(B, C, H, W)`."""
+    """`logits` `(B, classes)`; the blocks' outputs `(B, C, H, W)`; a selection's scores `(B, C)`.
+
+    Scores are in units of X~, divided by the norm of the scorer's weights: an error of the channels' means reaches the
+    scores times that norm, so larger weights widen nothing.
+    """
 
     logits: Tensor
-    scores: list[Tensor]
-    gaps: list[Tensor]
     features: list[Tensor]
+    scores: list[Tensor]
 
 
-def score_gaps(scores: Tensor, weight: Tensor, cs: int, slot_order: SlotOrder) -> Tensor:
-    """Return the gaps that decide a selection, in units of X~: differences of `scores` (B, C) over ``|w|``.
+class Choice(NamedTuple):
+    """How many channels an ACH chooses, and whether slots are in the order of ranks or of channels."""
 
-    In rank order every gap from the first chosen to the first refused channel, ``xi_(r) - xi_(r+1)``, `(B, cs)`. In
-    channel order ranks do not matter, but the line between chosen and refused does: ``2 |xi_c - t|`` with
-    ``t = (xi_(cs) + xi_(cs+1)) / 2``, `(B, C)`; the gap between the two channels next to it is there twice.
-    `w` are the scorer's weights: an error of the channels' means reaches the scores times their norm, so larger
-    weights widen nothing. Where every channel is chosen none is refused, and that gap or line is missing.
-    """
-    top = scores.topk(min(cs + 1, scores.shape[1]), dim=1).values
-    if slot_order == "rank":
-        gaps = top[:, :-1] - top[:, 1:]
-    elif cs < scores.shape[1]:
-        gaps = 2 * (scores - top[:, -2:].mean(dim=1, keepdim=True).detach()).abs()
-    else:
-        gaps = scores[:, :0]
-    return gaps / weight.norm()  # type: ignore[no-any-return]
+    cs: int
+    slot_order: SlotOrder
 
 
 class ObservedModel(nn.Module):
@@ -54,26 +43,26 @@ class ObservedModel(nn.Module):
     def __init__(self, network: HadaptiveNet) -> None:
         super().__init__()
         self.network = network
+        self.choices = [Choice(ach.cs, ach.slot_order) for _, ach in network.ach_modules() if ach.frozen is None]
 
     def forward(self, x: Tensor) -> Observed:
         scores: list[Tensor] = []
-        gaps: list[Tensor] = []
         features: list[Tensor] = []
-        hooks = [ach.scorer.register_forward_hook(_watcher(ach, scores, gaps)) for _, ach in self.network.ach_modules()]
-        hooks += [
-            block.register_forward_hook(lambda _m, _i, out: features.append(out)) for block in self.network.blocks
-        ]
+        hooks = [ach.scorer.register_forward_hook(_watcher(scores)) for _, ach in self.network.ach_modules()]
+        for block in self.network.blocks:
+            hooks.append(block.register_forward_hook(lambda _module, _inputs, out: features.append(out)))
         try:
-            return Observed(self.network(x), scores, gaps, features)
+            return Observed(self.network(x), features, scores)
         finally:
             for hook in hooks:
                 hook.remove()
 
 
-def _watcher(ach: ACH, scores: list[Tensor], gaps: list[Tensor]) -> Callable[[nn.Module, object, Tensor], None]:
-    def watch(_scorer: nn.Module, _inputs: object, values: Tensor) -> None:
-        scores.append(values.float())
-        gaps.append(score_gaps(scores[-1], ach.scorer.weight, ach.cs, ach.slot_order))
+def _watcher(scores: list[Tensor]) -> Callable[[nn.Module, object, Tensor], None]:
+    def watch(scorer: nn.Module, _inputs: object, values: Tensor) -> None:
+        weight = scorer.weight
+        assert isinstance(weight, Tensor)
+        scores.append(values.float() / weight.norm())
 
     return watch
 
@@ -86,30 +75,34 @@ class ObservedGraph(nn.Module):
 
     def __init__(self, graph: GraphModule, slot_order: SlotOrder) -> None:
         super().__init__()
-        scorings = [_scoring(graph, product, slot_order) for product in find_products(graph) if product.choice]
-        blocks = _block_outputs(graph)
-        self.scorings = [scoring for _, scoring in scorings]
-        self.network = _with_outputs(graph, [*(node for node, _ in scorings), *blocks])
+        products = [product for product in find_products(graph) if product.choice]
+        scorings = [_scoring(graph, product) for product in products]
+        self.weights = [weight for _, weight in scorings]
+        self.choices = [Choice(_count_chosen(graph, product), slot_order) for product in products]
+        self.network = _with_outputs(graph, [*_block_outputs(graph), *(scores for scores, _ in scorings)])
 
     def forward(self, x: Tensor) -> Observed:
         logits, *inner = self.network(x)
-        scores, features = inner[: len(self.scorings)], inner[len(self.scorings) :]
-        gaps = [gaps_of(values) for gaps_of, values in zip(self.scorings, scores, strict=True)]
-        return Observed(logits, scores, gaps, features)
+        count = len(inner) - len(self.weights)
+        scores = [values / weight.norm() for values, weight in zip(inner[count:], self.weights, strict=True)]
+        return Observed(logits, inner[:count], scores)
 
 
-def _scoring(graph: GraphModule, product: Product, slot_order: SlotOrder) -> tuple[Node, Callable[[Tensor], Tensor]]:
-    """Return the scores that `product` chooses by and the function from them to their gaps."""
-    nodes = {node.name: node for node in graph.graph.nodes}
-    cs = int(nodes[product.chosen].meta["val"].shape[1])
+def _count_chosen(graph: GraphModule, product: Product) -> int:
+    (chosen,) = (node for node in graph.graph.nodes if node.name == product.chosen)
+    return int(chosen.meta["val"].shape[1])
+
+
+def _scoring(graph: GraphModule, product: Product) -> tuple[Node, Tensor]:
+    """Return the scores that `product` chooses by and the scorer's weights."""
+    (choice,) = (node for node in graph.graph.nodes if node.name == product.choice)
     # The choice has no gradient: its scores are detached, and nothing else behind it is.
-    detached = _first_behind(nodes[product.choice or ""], aten.detach.default)
-    convolution = _first_behind(detached, aten.conv1d.default)
-    weight = constant(graph, convolution.args[1])
+    detached = _first_behind(choice, aten.detach.default)
+    weight = constant(graph, _first_behind(detached, aten.conv1d.default).args[1])
     assert weight is not None
     scores = detached.args[0]
     assert isinstance(scores, Node)
-    return scores, lambda values: score_gaps(values, weight, cs, slot_order)
+    return scores, weight
 
 
 def _first_behind(node: Node, target: object) -> Node:
