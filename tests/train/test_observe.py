@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 
 from hadaptive_q.models.hadaptive_net import HadaptiveNet
 from hadaptive_q.rewrite.deploy import deploy_graph
-from hadaptive_q.train.observe import ObservedGraph, ObservedModel, score_gaps
+from hadaptive_q.train.observe import ObservedGraph, ObservedModel
 
 Close = Callable[[Tensor, Tensor], None]
 
@@ -33,27 +33,19 @@ def test_graph_and_network_show_the_same(
     for one, other in zip(wanted.features, got.features, strict=True):
         assert_float_equal(other, one)
     choosing = 0 if selection == "static" else len(list(model.ach_modules()))
-    assert len(wanted.gaps) == len(got.gaps) == choosing
-    for one, other in zip([*wanted.gaps, *wanted.scores], [*got.gaps, *got.scores], strict=True):
+    assert len(wanted.scores) == len(got.scores) == choosing
+    for one, other in zip(wanted.scores, got.scores, strict=True):
         assert_float_equal(other, one)
+    assert ObservedModel(model).choices == ObservedGraph(graph, model.config.slot_order).choices
+    assert len(ObservedModel(model).choices) == choosing
 
 
-def test_gaps_by_hand() -> None:
-    scores = torch.tensor([[0.1, 0.7, 0.4, 0.0]])
-    weight = torch.tensor([[[3.0, 4.0]]])
-    torch.testing.assert_close(score_gaps(scores, weight, 2, "rank"), torch.tensor([[0.3, 0.3]]) / 5)
-    # The line lies between 0.4 and 0.1.
-    torch.testing.assert_close(score_gaps(scores, weight, 2, "channel"), torch.tensor([[0.3, 0.9, 0.3, 0.5]]) / 5)
-    assert score_gaps(scores, weight, 4, "rank").shape == (1, 3)
-    assert score_gaps(scores, weight, 4, "channel").shape == (1, 0)
-
-
-def test_larger_weights_widen_nothing(nano: HadaptiveNet, inputs: Tensor) -> None:
+def test_larger_weights_of_the_scorer_change_no_score(nano: HadaptiveNet, inputs: Tensor) -> None:
     with torch.no_grad():
-        before = ObservedModel(nano)(inputs).gaps
+        before = ObservedModel(nano)(inputs).scores
         for _, ach in nano.ach_modules():
             ach.scorer.weight.mul_(7)
-        after = ObservedModel(nano)(inputs).gaps
+        after = ObservedModel(nano)(inputs).scores
     for one, other in zip(before, after, strict=True):
         torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-6)
 
@@ -83,7 +75,7 @@ def test_the_graph_is_shared_not_copied(nano_graph: GraphModule, inputs: Tensor)
 
 def test_the_margin_reaches_the_scorer_of_a_graph(nano_graph: GraphModule, inputs: Tensor) -> None:
     observed = ObservedGraph(nano_graph, "rank")
-    sum(gap.sum() for gap in observed(inputs).gaps).backward()  # type: ignore[union-attr]
+    sum(scores.square().sum() for scores in observed(inputs).scores).backward()  # type: ignore[union-attr]
     moved = [name for name, p in nano_graph.named_parameters() if "scorer" in name and p.grad is not None]
     assert len(moved) == 3
     assert isinstance(observed, nn.Module)
