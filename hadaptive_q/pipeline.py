@@ -89,7 +89,7 @@ def quantize(recipe: Recipe, out: Path, checkpoint: Path | None = None) -> Repor
     if recipe.quantize.selection == "static":
         chosen = freeze_selection(model, batches(manifest, data, recipe.calibration.batch_size))
         atomic.write_text(out / "selection.json", json.dumps(chosen) + "\n")
-    program = quantized_program(recipe, model, data, manifest, out, teacher=reference.model)
+    program = quantized_program(recipe, model, data, manifest, out, reference.model)
     deploy = deploy_graph(model, data.preprocess.image_size)
 
     # The float file is the network as trained, whose selection is not frozen.

@@ -98,7 +98,7 @@ class Recipe(_Section):
     name: str
     task: Literal["train", "ptq", "qat"]
     model: str = "hadaptive_net_s"
-    slot_order: SlotOrder = "rank"
+    slot_order: SlotOrder = "channel"
     data: str = "digits"
     image_size: PositiveInt | None = None
     seed: NonNegativeInt = 0
