@@ -100,7 +100,7 @@ def quantize(recipe: Recipe, out: Path, checkpoint: Path | None = None) -> Repor
     _write_checked(out / "float.pte", float_pte, data)
     _write_checked(out / "model.pte", quantized_pte, data)
 
-    report = _measure(recipe, out, data, reference, manifest, program, deploy, quantized_pte)
+    report = _measure(recipe, out, data, reference, model, manifest, program, deploy, quantized_pte)
     (out / "explain.json").unlink(missing_ok=True)  # of an earlier run in this folder
     write_report_pages(report, out)
     report.write(out / "report.json")
@@ -227,6 +227,7 @@ def _measure(
     out: Path,
     data: ImageData,
     reference: FloatModel,
+    deployed: HadaptiveNet,
     manifest: Manifest,
     program: QuantizedProgram,
     deploy: GraphModule,
@@ -238,6 +239,8 @@ def _measure(
     shipped = file.predict(data.val, data.preprocess)
     parity = compare(quantized, shipped, output_scale(program.graph))
     integers, _ = predict(IntegerProgram(program), data.val, data.preprocess)
+    static = recipe.quantize.selection == "static"
+    frozen = predict(deployed.eval(), data.val, data.preprocess)[0] if static else None
     inputs = normalise(torch.stack([data.val[i][0] for i in spread(len(data.val), LAYER_SAMPLES)]), data.preprocess)
     return Report(
         model=reference.model.config.name,
@@ -268,6 +271,8 @@ def _measure(
             integer_identical=float((integers == shipped).all(dim=1).double().mean()),
             float_agreement=agreement(reference.logits, shipped),
             float_sqnr_db=sqnr_db(reference.logits, shipped),
+            frozen_agreement=None if frozen is None else agreement(frozen, shipped),
+            frozen_sqnr_db=None if frozen is None else sqnr_db(frozen, shipped),
         ),
         coverage=CoverageRecord(
             delegates=lowered.coverage.delegates,

@@ -86,11 +86,14 @@ def test_recipe_gives_a_measured_file(name: str, trained: Path, tmp_path: Path) 
     assert top1(restored, labels) == report.accuracy.quantized_top1
     assert sqnr_db(restored, file) == report.parity.sqnr_db
 
+    static = recipe.quantize.selection == "static"
+    assert (report.parity.frozen_agreement is not None) == (report.parity.frozen_sqnr_db is not None) == static
+
     selections = {ach.selection for ach in report.ach}
     assert selections == {recipe.quantize.selection}
     assert report.coverage.delegates == 1
     assert report.coverage.portable_ops == []
-    if recipe.quantize.selection == "static":
+    if static:
         assert all(ach.flip_rate == 0 for ach in report.ach)
         chosen = json.loads((tmp_path / "selection.json").read_text())
         assert [len(set(channels)) for channels in chosen.values()] == [6, 6, 8]

@@ -117,8 +117,7 @@ class ACH(nn.Module):
     In training the scores carry Gumbel noise times `noise` (1 as published, annealed to 0 by the training
     schedule) and the chosen channels a factor of value 1 whose gradient reaches the scorer:
     ``1 + M - stop_gradient(M)`` with ``M = softmax((xi + g) / tau)``.
-    Equal scores come in the order `topk` gives them, which PyTorch leaves open; in the deploy form the lower
-    channel is first.
+    Of equal scores the lower channel comes first.
 
     `slot_order` "rank": slot (i, j) holds the i-th ranked times the j-th ranked channel (the authors' form);
     "channel": the chosen channels keep their channel order.
@@ -157,7 +156,7 @@ class ACH(nn.Module):
 
     def select(self, scores: Tensor) -> Tensor:
         """Return the chosen channels `(B, cs)` of `scores` `(B, C)`, as at inference."""
-        chosen = scores.topk(self.cs, dim=1).indices
+        chosen = top_channels(scores, self.cs)
         # Sorted by a second topk: ExecuTorch's runtime has no sort.
         return -(-chosen).topk(self.cs, dim=1).values if self.slot_order == "channel" else chosen
 
@@ -206,6 +205,15 @@ class _StraightThroughGather(torch.autograd.Function):
         # A sample never chooses a channel twice, so a plain scatter is enough.
         into.scatter_(1, indices[:, :, None, None].expand_as(gradient), gradient)
         return into, None, (gradient * z).sum((2, 3))
+
+
+def top_channels(scores: Tensor, count: int) -> Tensor:
+    """Return the channels `(B, count)` of the largest `scores` `(B, C)`, descending; of equal ones the lower first."""
+    if torch.compiler.is_exporting():
+        # `topk` leaves the order of equal scores open, but ExecuTorch's runtime has no sort for a graph that keeps
+        # this operator. The deploy form replaces it and keeps the order.
+        return scores.topk(count, dim=1).indices
+    return scores.sort(dim=1, descending=True, stable=True).indices[:, :count]
 
 
 def gather_channels(x: Tensor, indices: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hadaptive_q.models.ach import ACH, DySoft, gather_channels
+from hadaptive_q.models.ach import ACH, DySoft, gather_channels, top_channels
 from hadaptive_q.models.cross_hadamard import CrossHadamard, pair_indices
 from hadaptive_q.quant import arithmetic, float_kernels
 from hadaptive_q.quant.arithmetic import Grid
@@ -139,8 +139,7 @@ class QuantizedACH(nn.Module):
             return self.frozen.expand(mixed.shape[0], -1)
         means = float_kernels.mean_hw(mixed).reshape(-1, 1, mixed.shape[1])
         scores = float_kernels.conv1d(means, self.scorer, padding=2).flatten(1)
-        # Stable: `topk` leaves the order of equal scores open.
-        chosen = scores.sort(dim=1, descending=True, stable=True).indices[:, : self.cs]
+        chosen = top_channels(scores, self.cs)
         return chosen.sort(dim=1).values if self.slot_order == "channel" else chosen
 
     def _snapped_bias(self) -> Tensor:

@@ -41,7 +41,8 @@ class ParityRecord(Part):
     """The written file against the quantized program, and both against float; codes are steps of the output.
 
     `integer_identical` is the share of images on which the file and the integer interpreter of the program give the
-    very same logits.
+    very same logits. `float_*` is against the network as trained; where the selection is frozen, `frozen_*` is against
+    the float network with those channels.
     """
 
     top1_agreement: float
@@ -51,6 +52,8 @@ class ParityRecord(Part):
     integer_identical: float | None = None
     float_agreement: float
     float_sqnr_db: float
+    frozen_agreement: float | None = None
+    frozen_sqnr_db: float | None = None
 
 
 class CoverageRecord(Part):

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from hadaptive_q.models.ach import ACH
+from hadaptive_q.models.ach import ACH, top_channels
 from hadaptive_q.models.hadaptive_net import HadaptiveNet
 
 
@@ -38,7 +38,7 @@ def _counter(points: dict[str, Tensor], name: str, module: ACH):  # type: ignore
     weights = torch.arange(module.cs, 0, -1, dtype=torch.float64)
 
     def count(_module: object, _inputs: object, scores: Tensor) -> None:
-        ranks = scores.topk(module.cs, dim=1).indices
+        ranks = top_channels(scores, module.cs)
         total = points.setdefault(name, torch.zeros(scores.shape[1], dtype=torch.float64))
         for votes in ranks:
             total[votes] += weights

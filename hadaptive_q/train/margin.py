@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hadaptive_q.models.ach import top_channels
 from hadaptive_q.train.observe import Choice
 
 
@@ -25,7 +26,7 @@ def score_gaps(scores: Tensor, wanted: Tensor, choice: Choice) -> Tensor:
     Where every channel is chosen none is refused, and that gap or line is missing.
     """
     cs, channels = choice.cs, scores.shape[1]
-    order = wanted.topk(min(cs + 1, channels), dim=1).indices
+    order = top_channels(wanted, min(cs + 1, channels))
     if choice.slot_order == "rank":
         ranked = scores.gather(1, order)
         return ranked[:, :-1] - ranked[:, 1:]

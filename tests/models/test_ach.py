@@ -241,6 +241,8 @@ def test_ties_still_choose_distinct_channels_with_the_largest_scores() -> None:
     chosen = ACH(16, 6).select(scores)
     assert all(len(set(row)) == 6 for row in chosen.tolist())
     assert torch.equal(scores.gather(1, chosen), scores.sort(dim=1, descending=True).values[:, :6])
+    for row, values in zip(chosen.tolist(), scores, strict=True):  # the lower channel first
+        assert row == sorted(range(16), key=lambda c: (-float(values[c]), c))[:6]
 
 
 def test_frozen_selection_is_the_same_for_every_sample_and_asks_no_scorer() -> None:
