@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from rows import ROOT, Row, markdown, run, stock_row, write_results, write_section
+from rows import ROOT, Row, flips, markdown, run, stock_row, write_results, write_section
 
 from hadaptive_q.recipe import load_recipe
 
@@ -85,7 +85,6 @@ def _table(rows: list[Row]) -> str:
 
 
 def _line(row: Row) -> tuple[str, ...]:
-    flips = f"{100 * row['set_flip_rate']:.1f} / {100 * row['rank_flip_rate']:.1f} %" if "set_flip_rate" in row else ""
     return (
         row["change"],
         f"{row['float_top1'] - row['file_top1']:+.2f}",
@@ -93,7 +92,7 @@ def _line(row: Row) -> tuple[str, ...]:
         f"{row['file_float_sqnr_db']:.1f} dB",
         f"{100 * row['file_program_agreement']:.2f} %",
         f"{row['file_program_sqnr_db']:.1f} dB",
-        flips,
+        flips(row["set_flip_rate"], row["rank_flip_rate"]) if "set_flip_rate" in row else "",
     )
 
 

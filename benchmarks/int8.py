@@ -1,23 +1,26 @@
 """INT8 recipes beside the stock recipe: same float models, same calibration samples, same split, several seeds.
 
     python benchmarks/int8.py --data digits --data glyphs --seeds 3
+    python benchmarks/int8.py --model hadaptive_net_m --data glyphs --seeds 1 --recipe int8
 
 Every figure comes from running the written file in the ExecuTorch runtime over the whole validation split. A run that
-is already in the output folder is not repeated. Writes benchmarks/results/int8.json and the table in README.md.
+is already in the output folder is not repeated. Rows replace those of the same model, data, seed and recipe in
+benchmarks/results/int8.json, from which the table in README.md is made.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
-from rows import ROOT, Row, markdown, run, stock_row, write_results, write_section
+from rows import ROOT, Row, flips, markdown, read_results, run, stock_row, write_results, write_section
 
 from hadaptive_q.recipe import load_recipe
 
 COLUMNS = (
-    "data",
+    "model, data",
     "recipe",
     "float top-1",
     "`.pte` top-1",
@@ -25,12 +28,13 @@ COLUMNS = (
     "file = program",
     "file = float",
     "logit SQNR, file to program / to float",
+    "set / rank flips",
     "bytes / float",
 )
 RECIPES = ("int8", "int8_static", "int8_ptq")
 # The recipes' epochs are for a thousand images; ten thousand need fewer.
 FLOAT_EPOCHS, FIT_EPOCHS = {"glyphs": 10}, {"glyphs": 2}
-FIRST_SEED_ONLY = ("int8_static", "int8_ptq")
+FIRST_SEED_ONLY = ("int8_static",)
 NAMES = {
     "int8": "`int8` (QAT)",
     "int8_static": "`int8_static` (QAT)",
@@ -43,37 +47,46 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", action="append", default=[])
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--model", default="hadaptive_net_s")
+    parser.add_argument("--recipe", action="append", default=[], help="all unless given")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "int8")
     parser.add_argument("--render", action="store_true", help="only write the README table from the results")
     arguments = parser.parse_args()
     if not arguments.render:
-        rows = [
-            row
-            for data in arguments.data or ["digits"]
-            for seed in range(arguments.seeds)
-            for row in _rows(data, seed, arguments.out)
-        ]
-        write_results("int8", rows)
+        for data in arguments.data or ["digits"]:
+            for seed in range(arguments.seeds):
+                _keep(_rows(arguments.model, data, seed, arguments.recipe or RECIPES, arguments.out))
     write_section("int8", _table)
 
 
-def _rows(data: str, seed: int, out: Path) -> list[Row]:
+def _keep(rows: list[Row]) -> None:
+    """Let `rows` replace the earlier ones of the same runs."""
+    kept = {_identity(row): row for row in [*read_results("int8"), *rows]}
+    write_results("int8", sorted(kept.values(), key=_identity))
+
+
+def _identity(row: Row) -> tuple[str, str, int, int]:
+    return str(row["data"]), str(row["model"]), list(NAMES).index(row["recipe"]), int(row["seed"])
+
+
+def _rows(model: str, data: str, seed: int, recipes: Sequence[str], out: Path) -> list[Row]:
     """Train one float model and quantize it in every way."""
     rows, checkpoint = [], None
-    for name in RECIPES:
+    prefix = f"{model.removeprefix('hadaptive_net_')}-{data}-{seed}"
+    for name in recipes:
         if name in FIRST_SEED_ONLY and seed > 0:
             continue
-        folder = out / f"{data}-{seed}-{name}"
-        rows.append(run(load_recipe(name, _settings(name, data, seed)), folder, checkpoint))
+        folder = out / f"{prefix}-{name}"
+        rows.append(run(load_recipe(name, _settings(name, model, data, seed)), folder, checkpoint))
         checkpoint = checkpoint or folder / "float.safetensors"
     assert checkpoint is not None
-    rows.append(stock_row(data, seed, checkpoint, out / f"{data}-{seed}-stock.json"))
+    rows.append(stock_row(data, seed, checkpoint, out / f"{prefix}-stock.json"))
     return rows
 
 
-def _settings(name: str, data: str, seed: int) -> list[str]:
+def _settings(name: str, model: str, data: str, seed: int) -> list[str]:
     """Return the ``--set`` of one run."""
-    settings = [f"data={data}", f"seed={seed}"]
+    settings = [f"model={model}", f"data={data}", f"seed={seed}"]
     if data in FLOAT_EPOCHS:
         settings.append(f"float.epochs={FLOAT_EPOCHS[data]}")
     if data in FIT_EPOCHS and load_recipe(name).fit:
@@ -82,16 +95,15 @@ def _settings(name: str, data: str, seed: int) -> list[str]:
 
 
 def _table(rows: list[Row]) -> str:
-    lines = []
-    for data in dict.fromkeys(row["data"] for row in rows):
-        for recipe in NAMES:
-            chosen = [row for row in rows if row["data"] == data and row["recipe"] == recipe]
-            if chosen:
-                lines.append(_line(data, recipe, chosen))
-    return markdown(COLUMNS, lines)
+    groups: dict[tuple[object, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(_identity(row)[:3], []).append(row)
+    return markdown(COLUMNS, [_line(group) for group in groups.values()])
 
 
-def _line(data: str, recipe: str, rows: list[Row]) -> tuple[str, ...]:
+def _line(rows: list[Row]) -> tuple[str, ...]:
+    first = rows[0]
+
     def mean(key: str) -> float:
         return statistics.fmean(float(row[key]) for row in rows)
 
@@ -99,14 +111,15 @@ def _line(data: str, recipe: str, rows: list[Row]) -> tuple[str, ...]:
     agreements = [100 * row["file_program_agreement"] for row in rows]
     each = ", ".join(f"{drop:+.2f}" for drop in drops)
     return (
-        f"{data} ({rows[0]['samples']} images)",
-        NAMES[recipe],
+        f"{first['model'].removeprefix('hadaptive_net_').upper()}, {first['data']} ({first['samples']} images)",
+        NAMES[first["recipe"]],
         f"{mean('float_top1'):.2f}",
         f"{mean('file_top1'):.2f}",
         f"{statistics.fmean(drops):+.2f} ({each})",
         f"{statistics.fmean(agreements):.2f} % (least {min(agreements):.2f})",
         f"{100 * mean('file_float_agreement'):.2f} %",
         f"{mean('file_program_sqnr_db'):.1f} / {mean('file_float_sqnr_db'):.1f} dB",
+        flips(mean("set_flip_rate"), mean("rank_flip_rate")) if "set_flip_rate" in first else "",
         f"{mean('bytes') / mean('float_bytes'):.3f}",
     )
 

@@ -49,6 +49,9 @@ def _from_report(report: Report) -> Row:
         "file_top1": report.accuracy.pte_top1,
         "file_program_agreement": report.parity.top1_agreement,
         "file_program_sqnr_db": report.parity.sqnr_db,
+        "file_integers_identical": report.parity.integer_identical,
+        "file_frozen_agreement": report.parity.frozen_agreement,
+        "file_frozen_sqnr_db": report.parity.frozen_sqnr_db,
         "file_float_agreement": report.parity.float_agreement,
         "file_float_sqnr_db": report.parity.float_sqnr_db,
         "set_flip_rate": statistics.fmean(a.flip_rate for a in choosing) if choosing else 0.0,
@@ -107,9 +110,16 @@ def write_results(name: str, rows: list[Row]) -> None:
     write_text(RESULTS / f"{name}.json", json.dumps(rows, indent=1) + "\n")
 
 
+def read_results(name: str) -> list[Row]:
+    """Return the rows of results/NAME.json, none where there is no such file."""
+    path = RESULTS / f"{name}.json"
+    rows: list[Row] = json.loads(path.read_text()) if path.is_file() else []
+    return rows
+
+
 def write_section(name: str, table: Callable[[list[Row]], str]) -> None:
     """Write the table of results/NAME.json between its marks in the README."""
-    rows = json.loads((RESULTS / f"{name}.json").read_text())
+    rows = read_results(name)
     start, end = f"<!-- results:{name} -->", f"<!-- /results:{name} -->"
     before, rest = README.read_text().split(start)
     write_text(README, f"{before}{start}\n{table(rows)}\n{end}{rest.split(end)[1]}")
@@ -118,3 +128,8 @@ def write_section(name: str, table: Callable[[list[Row]], str]) -> None:
 def markdown(columns: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
     """Return a table of texts."""
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (columns, ("---",) * len(columns), *lines))
+
+
+def flips(sets: float, ranks: float) -> str:
+    """Return both flip rates as a cell."""
+    return f"{100 * sets:.1f} / {100 * ranks:.1f} %"
