@@ -82,7 +82,7 @@ class FitConfig(TrainConfig):
     """Quantization-aware fine-tuning.
 
     `distill` is the share of the float network's logits in the loss, `distill_features` the weight of its blocks'
-    outputs; `damping` holds weights near the code they have; BatchNorm stays `folded` or goes on `live`.
+    outputs; ``distill: 1`` follows the float network alone, without labels and without dropout. `damping` holds weights near the code they have; BatchNorm stays `folded` or goes on `live`.
     """
 
     freeze_ranges: Annotated[float, Field(ge=0, le=1)] = 0.5
