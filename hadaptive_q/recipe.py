@@ -73,7 +73,7 @@ class QuantizeConfig(_Section):
     backend: Literal["torchao"] = "torchao"
     weight_bits: Literal[8] = 8
     activation_bits: Literal[8] = 8
-    observer: Literal["minmax", "mse", "histogram", "product"] = "mse"
+    observer: Literal["minmax", "mse", "histogram", "product"] = "histogram"
     ranges: Literal["observed", "learned"] = "observed"
     selection: Literal["dynamic", "static"] = "dynamic"
 
@@ -82,7 +82,8 @@ class FitConfig(TrainConfig):
     """Quantization-aware fine-tuning.
 
     `distill` is the share of the float network's logits in the loss, `distill_features` the weight of its blocks'
-    outputs; ``distill: 1`` follows the float network alone, without labels and without dropout. `damping` holds weights near the code they have; BatchNorm stays `folded` or goes on `live`.
+    outputs; ``distill: 1`` follows the float network alone, without labels and without dropout. `damping` holds weights
+    near the code they have; BatchNorm stays `folded` or goes on `live`.
     """
 
     freeze_ranges: Annotated[float, Field(ge=0, le=1)] = 0.5
