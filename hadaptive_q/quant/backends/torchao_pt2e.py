@@ -37,6 +37,7 @@ from hadaptive_q.quant.fake_quant import (
 from hadaptive_q.quant.formats import ActivationFormat, WeightFormat
 from hadaptive_q.quant.live_batch_norm import refold_batch_norm, unfold_batch_norm
 from hadaptive_q.quant.observers import ObserverName, Range, RangeName
+from hadaptive_q.quant.outliers import drop_outliers
 from hadaptive_q.quant.plan import WEIGHTED, Plan
 from hadaptive_q.quant.product import Objective, PixelSampler, find_ranges
 from hadaptive_q.quant.program import QuantizedProgram
@@ -133,12 +134,18 @@ def prepare(graph: GraphModule, plan: Plan, observer: ObserverName) -> Prepared:
 
 @torch.no_grad()
 def calibrate(prepared: Prepared, batches: Iterable[Tensor]) -> Calibrated:
-    """Watch `batches` of network inputs, then fix every range.
+    """Watch `batches` of network inputs without their outliers, then fix every range.
 
     Raises UserError where a tensor holds NaN or infinity.
     """
+    quantizers = list(activation_quantizers(prepared.graph))
+    for quantizer in quantizers:
+        quantizer.disable_observer()
+    ordinary = drop_outliers(prepared.graph, quantizers, list(batches))
+    for quantizer in quantizers:
+        quantizer.observe()
     samplers = {product: PixelSampler() for product in prepared.products}
-    for index, inputs in enumerate(batches):
+    for index, inputs in enumerate(ordinary):
         try:
             values = record(prepared.graph, inputs, {product.chosen for product in samplers})
         except FloatingPointError as error:
@@ -151,7 +158,7 @@ def calibrate(prepared: Prepared, batches: Iterable[Tensor]) -> Calibrated:
         for product, sampler in samplers.items():
             sampler.add(values[product.chosen])
     objectives = {product: _objective(prepared.graph, product, sampler) for product, sampler in samplers.items()}
-    for quantizer in activation_quantizers(prepared.graph):
+    for quantizer in quantizers:
         quantizer.fix()
     for product, objective in objectives.items():
         _fix_product(prepared.graph, product, objective)
