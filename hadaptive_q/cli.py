@@ -11,6 +11,7 @@ import typer
 
 from hadaptive_q.arm.cores import CORES
 from hadaptive_q.errors import UserError, nearest
+from hadaptive_q.lower.file_formats import FORMATS, find_formats
 from hadaptive_q.models.config import VARIANTS
 from hadaptive_q.recipe import Recipe, load_recipe, shipped
 
@@ -26,6 +27,7 @@ Out = Annotated[Path | None, typer.Option(help="Folder for the results; runs/REC
 Checkpoint = Annotated[Path | None, typer.Option(help="Float model to start from: .safetensors or an authors' .pt.")]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="Replace a recipe field: key.path=value.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of every random number.")]
+To = Annotated[str, typer.Option(help=f"Formats: {','.join(FORMATS)}, or some of them; a run has its .pte anyway.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 
 
@@ -76,10 +78,11 @@ def qat(
     out: Out = None,
     set_: Settings = None,
     seed: Seed = None,
+    to: To = "pte",
     as_json: AsJson = False,
 ) -> None:
     """Quantize with training: float model (trained first if none is given), QAT, .pte, report."""
-    _quantize(_recipe(recipe, set_, "qat", data=data, seed=seed), checkpoint, out, as_json)
+    _quantize(_recipe(recipe, set_, "qat", data=data, seed=seed), checkpoint, out, to, as_json)
 
 
 @app.command()
@@ -90,17 +93,19 @@ def ptq(
     out: Out = None,
     set_: Settings = None,
     seed: Seed = None,
+    to: To = "pte",
     as_json: AsJson = False,
 ) -> None:
     """Quantize without training: float model, calibration, .pte, report."""
-    _quantize(_recipe(recipe, set_, "ptq", data=data, seed=seed), checkpoint, out, as_json)
+    _quantize(_recipe(recipe, set_, "ptq", data=data, seed=seed), checkpoint, out, to, as_json)
 
 
-def _quantize(recipe: Recipe, checkpoint: Path | None, out: Path | None, as_json: bool) -> None:
+def _quantize(recipe: Recipe, checkpoint: Path | None, out: Path | None, to: str, as_json: bool) -> None:
+    formats = _formats(to)
     from hadaptive_q.pipeline import quantize
 
     folder = _folder(recipe, out)
-    report = _finite(lambda: quantize(recipe, folder, checkpoint))
+    report = _finite(lambda: quantize(recipe, folder, checkpoint, formats))
     if as_json:
         typer.echo(report.model_dump_json(indent=1))
         return
@@ -113,7 +118,14 @@ def _quantize(recipe: Recipe, checkpoint: Path | None, out: Path | None, as_json
         f" (float {accuracy.float_top1:.2f} %, quantized program {accuracy.quantized_top1:.2f} %)"
     )
     typer.echo(f"same top-1 as the quantized program: {100 * parity.top1_agreement:.2f} %")
+    if accuracy.onnx_top1 is not None:
+        typer.echo(f"{folder / 'model.onnx'}: top-1 {accuracy.onnx_top1:.2f} % in onnxruntime")
     typer.echo(f"report: {folder / 'report.html'}")
+
+
+def _formats(names: str) -> list[str]:
+    """Return the formats in a comma-separated list; what cannot be written is refused before any work."""
+    return list(find_formats([name.strip() for name in names.split(",")]))
 
 
 def _finite(step: Callable[[], Any]) -> Any:
@@ -128,7 +140,7 @@ def _finite(step: Callable[[], Any]) -> Any:
 
 @app.command("eval")
 def evaluate(
-    file: Annotated[Path, typer.Argument(help="A checkpoint or a .pte.")],
+    file: Annotated[Path, typer.Argument(help="A checkpoint, a .pte or an .onnx.")],
     data: Annotated[str, typer.Option(help="digits, glyphs, a folder of class folders, or hf:NAME.")] = "digits",
     as_json: AsJson = False,
 ) -> None:
@@ -199,6 +211,25 @@ def explain(
     if not layer:
         write_explanation(finished, explanation)
         typer.echo(f"report: {run / 'report.html'}", err=True)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="The folder of a finished qat or ptq run.")],
+    to: To = "onnx",
+    out: Annotated[Path | None, typer.Option(help="Folder for the files; the run's own unless given.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the quantized program of a finished run in other formats."""
+    formats = _formats(to)
+    from hadaptive_q.export import export_run
+
+    written = {str(path): path.stat().st_size for path in export_run(run, formats, out or run)}
+    if as_json:
+        typer.echo(json.dumps([{"file": file, "bytes": size} for file, size in written.items()]))
+        return
+    for file, size in written.items():
+        typer.echo(f"{file}: {size:,} bytes")
 
 
 @app.command("import")

@@ -9,8 +9,8 @@ import torch
 
 from hadaptive_q.data.sources import open_data
 from hadaptive_q.errors import UserError
+from hadaptive_q.lower.file_formats import FORMATS, open_file
 from hadaptive_q.lower.parity import top1, topk
-from hadaptive_q.lower.runtime import PteFile
 from hadaptive_q.models.checkpoint import load_model
 from hadaptive_q.models.config import Preprocess
 from hadaptive_q.train.loop import predict
@@ -19,15 +19,16 @@ from hadaptive_q.train.loop import predict
 def evaluate_file(file: Path, data_name: str) -> dict[str, float | int | str]:
     """Return `top1` and `top5` in percent and `samples`, over the validation split of `data_name`.
 
-    A `.pte` runs in the ExecuTorch runtime, prepared as `float.json` beside it says or as the data is by default.
+    A `.pte` runs in the ExecuTorch runtime, an `.onnx` in onnxruntime, on images prepared as `float.json` beside it
+    says or as the data is by default.
     Raises UserError where the file's classes or image size do not fit the data.
     """
-    if file.suffix == ".pte":
-        pte = PteFile(file)
-        size = pte.input_shape[-1]
+    if file.suffix.removeprefix(".") in FORMATS:
+        written = open_file(file)
+        size = written.input_shape[-1]
         data = open_data(data_name, size)
         preprocess = _beside(file) or data.preprocess
-        logits = pte.predict(data.val, preprocess)
+        logits = written.predict(data.val, preprocess)
         labels = torch.tensor([data.val[i][1] for i in range(len(data.val))])
     else:
         model = load_model(file)

@@ -1,7 +1,7 @@
 """The main job, step by step. Read this file first.
 
 recipe -> data -> float model -> deploy graph -> prepare -> calibrate -> fit (QAT) -> convert
-       -> QUANTIZED PROGRAM -> lower to .pte (load it, run it, compare it) -> report
+       -> QUANTIZED PROGRAM -> lower to .pte and other formats (load it, run it, compare it) -> report
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from hadaptive_q.data.sources import open_data
 from hadaptive_q.data.transforms import normalise
 from hadaptive_q.errors import UserError
 from hadaptive_q.lower.executorch import Lowered, lower
+from hadaptive_q.lower.file_formats import FORMATS, ModelFile, find_formats, open_file
 from hadaptive_q.lower.parity import agreement, compare, output_scale, sqnr_db, top1, topk
 from hadaptive_q.lower.runtime import PteFile
 from hadaptive_q.models.checkpoint import load_model, read_training_key, save_model
@@ -73,12 +75,13 @@ def train_float(recipe: Recipe, out: Path, checkpoint: Path | None = None) -> tu
     return data, FloatModel(model, logits, labels)
 
 
-def quantize(recipe: Recipe, out: Path, checkpoint: Path | None = None) -> Report:
+def quantize(recipe: Recipe, out: Path, checkpoint: Path | None = None, to: Sequence[str] = ("pte",)) -> Report:
     """Run a ``ptq`` or ``qat`` recipe into the folder `out` and return its report.
 
-    `out` gets `model.pte`, `float.pte`, the checkpoints, the resolved recipe and calibration, and the report.
-    Each file appears whole; the report is the last.
+    `out` gets `model.pte`, `float.pte`, the checkpoints, the resolved recipe and calibration, and the report; and
+    `model.FORMAT` for what else `to` names. Each file appears whole; the report is the last.
     """
+    others = {name: format_ for name, format_ in find_formats(to).items() if name != "pte"}
     atomic.output_folder(out)
     data, reference = train_float(recipe, out, checkpoint)
     manifest = resolve(find_manifest(recipe.calibration.manifest, data), data)
@@ -97,8 +100,12 @@ def quantize(recipe: Recipe, out: Path, checkpoint: Path | None = None) -> Repor
     drop_no_ops(float_graph)
     float_pte = lower(export_graph(float_graph, data.preprocess.image_size))
     quantized_pte = lower(program.export())
-    _write_checked(out / "float.pte", float_pte, data)
-    _write_checked(out / "model.pte", quantized_pte, data)
+    write_checked(out / "float.pte", float_pte.data, PteFile, data)
+    write_checked(out / "model.pte", quantized_pte.data, PteFile, data)
+    for name in FORMATS.keys() - {"pte"}:
+        (out / f"model.{name}").unlink(missing_ok=True)  # of an earlier run in this folder
+    for name, format_ in others.items():
+        write_checked(out / f"model.{name}", format_.lower(program), format_.open, data)
 
     report = _measure(recipe, out, data, reference, model, manifest, program, deploy, quantized_pte)
     (out / "explain.json").unlink(missing_ok=True)  # of an earlier run in this folder
@@ -210,12 +217,12 @@ def _weights_digest(model: nn.Module) -> str:
     return state.hexdigest()
 
 
-def _write_checked(path: Path, lowered: Lowered, data: ImageData) -> None:
-    """Write a `.pte` only once the runtime has loaded and run it: what lowers is not always what loads."""
+def write_checked(path: Path, content: bytes, opened: Callable[[Path], ModelFile], data: ImageData) -> None:
+    """Write a file only once its runtime has loaded and run it: what lowers is not always what loads."""
 
     def write(temporary: Path) -> None:
-        temporary.write_bytes(lowered.data)
-        logits = PteFile(temporary)(normalise(data.val[0][0][None], data.preprocess))
+        temporary.write_bytes(content)
+        logits = opened(temporary)(normalise(data.val[0][0][None], data.preprocess))
         if logits.shape != (1, data.num_classes) or not logits.isfinite().all():
             raise RuntimeError(f"{path.name}: the lowered file answers {tuple(logits.shape)} with non-finite values")
 
@@ -237,7 +244,10 @@ def _measure(
     quantized, _ = predict(program.graph, data.val, data.preprocess)
     file, float_file = PteFile(out / "model.pte"), PteFile(out / "float.pte")
     shipped = file.predict(data.val, data.preprocess)
-    parity = compare(quantized, shipped, output_scale(program.graph))
+    scale = output_scale(program.graph)
+    parity = compare(quantized, shipped, scale)
+    onnx = _answers(out / "model.onnx", data)
+    onnx_parity = {} if onnx is None else asdict(compare(quantized, onnx, scale))
     integers, _ = predict(IntegerProgram(program), data.val, data.preprocess)
     static = recipe.quantize.selection == "static"
     frozen = predict(deployed.eval(), data.val, data.preprocess)[0] if static else None
@@ -249,12 +259,13 @@ def _measure(
         calibration_digest=manifest.digest or "",
         data=data.name,
         seed=recipe.seed,
-        versions=versions(),
+        versions=versions(*(() if onnx is None else FORMATS["onnx"].packages)),
         accuracy=Accuracy(
             samples=len(labels),
             float_top1=top1(reference.logits, labels),
             quantized_top1=top1(quantized, labels),
             pte_top1=top1(shipped, labels),
+            onnx_top1=None if onnx is None else top1(onnx, labels),
             float_top5=topk(reference.logits, labels, 5),
             pte_top5=topk(shipped, labels, 5),
         ),
@@ -262,6 +273,7 @@ def _measure(
             float_pte_bytes=(out / "float.pte").stat().st_size,
             pte_bytes=len(lowered.data),
             pte_deflated_bytes=measure.deflated_bytes(lowered.data),
+            onnx_bytes=None if onnx is None else (out / "model.onnx").stat().st_size,
         ),
         parity=ParityRecord(
             top1_agreement=parity.top1_agreement,
@@ -273,6 +285,7 @@ def _measure(
             float_sqnr_db=sqnr_db(reference.logits, shipped),
             frozen_agreement=None if frozen is None else agreement(frozen, shipped),
             frozen_sqnr_db=None if frozen is None else sqnr_db(frozen, shipped),
+            **{f"onnx_{key}": value for key, value in onnx_parity.items()},
         ),
         coverage=CoverageRecord(
             delegates=lowered.coverage.delegates,
@@ -283,6 +296,11 @@ def _measure(
         layers=measure.measure_layers(deploy, program, inputs),
         latency=measure.measure_latency(file, float_file, inputs[:1]),
     )
+
+
+def _answers(path: Path, data: ImageData) -> Tensor | None:
+    """Return the logits of the file at `path` over the validation split, or None where it was not asked for."""
+    return open_file(path).predict(data.val, data.preprocess) if path.is_file() else None
 
 
 def spread(length: int, count: int) -> list[int]:

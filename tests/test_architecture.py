@@ -24,7 +24,7 @@ LAYERS = [
     ["arm"],
     ["lower"],
     ["report"],
-    ["pipeline", "evaluate", "bench", "restore", "explain"],
+    ["pipeline", "evaluate", "bench", "restore", "explain", "export"],
     ["cli", "__main__", "__init__"],
 ]
 FENCES = {
@@ -112,6 +112,7 @@ def test_refused_habits(path: Path) -> None:
         ["explain", "--help"],
         ["recipes"],
         ["qat", "--recipe", "int9"],
+        ["qat", "--to", "onxx"],
         ["qat", "--set", "fit.epoch=3"],
         ["qat", "--set", "fit.epochs=many"],
     ],

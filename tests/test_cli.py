@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from hadaptive_q.__main__ import main
+from hadaptive_q.lower.onnx import to_onnx
 from hadaptive_q.models.checkpoint import save_model
 from hadaptive_q.models.hadaptive_net import create_model
 
@@ -47,7 +48,7 @@ def test_a_process_of_its_own() -> None:
     assert_one_clear_line(done, "int88", "'int8'")
     done = subprocess.run([*command[:3], "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0
-    for name in ("train", "qat", "ptq", "eval", "bench", "explain", "import", "info", "recipes"):
+    for name in ("train", "qat", "ptq", "eval", "bench", "explain", "export", "import", "info", "recipes"):
         assert name in done.stdout
 
 
@@ -124,6 +125,10 @@ MISTAKES = [
     (["bench", "nothing.pte", "--core", "cortex-a7"], ["cortex-a7", "cortex-a76"]),
     (["explain", "nothing"], ["run nothing", "no such folder", "hadaptive-q qat"]),
     (["explain", "."], ["no recipe.yaml", "report.json", "hadaptive-q qat"]),
+    (["qat", "--to", "pte,onxx"], ["--to onxx", "'onnx'"]),
+    (["export", ".", "--to", "tflite"], ["--to tflite", "pte, onnx"]),
+    (["export", "."], ["no recipe.yaml", "report.json", "hadaptive-q qat"]),
+    (["eval", "nothing.onnx"], ["nothing.onnx", "no such file"]),
     (["eval", "nothing.pte"], ["nothing.pte", "no such file"]),
     (["eval", "nothing.safetensors"], ["nothing.safetensors", "no such file"]),
     (["ptq", "--set", "calibration.manifest=digitz"], ["digitz", "'digits'"]),
@@ -198,10 +203,11 @@ def test_output_that_cannot_be_written(tmp_path: Path, nano_ten: Path) -> None:
     assert_one_clear_line(done, "--out", "can be written")
 
 
-def test_garbage_pte(tmp_path: Path) -> None:
-    (tmp_path / "garbage.pte").write_bytes(bytes(range(256)) * 8)
-    done = run("eval", str(tmp_path / "garbage.pte"))
-    assert_one_clear_line(done, "garbage.pte")
+@pytest.mark.parametrize("name", ["garbage.pte", "garbage.onnx"])
+def test_garbage_file(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(bytes(range(256)) * 8)
+    done = run("eval", str(tmp_path / name))
+    assert_one_clear_line(done, name)
 
 
 def test_folder_from_images_to_file(images: Path, tmp_path: Path) -> None:
@@ -272,3 +278,26 @@ def test_explain_names_the_nearest_layer(run_folder: Path) -> None:
     done = run("explain", str(run_folder), "--layer", "blocks.2.expension")
     assert_one_clear_line(done, "--layer blocks.2.expension", "'blocks.2.expansion'")
     assert run("explain", str(run_folder), "--samples", "0").returncode == 2
+
+
+def test_export_writes_the_program_of_the_run(
+    run_folder: Path, nano_run: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "neue Datei"
+    done = run("export", str(run_folder), "--to", "pte,onnx", "--out", str(out), "--json")
+    assert done.returncode == 0, done.stderr
+    # Nor do the exporter and native code print past Python's streams.
+    assert (done.stderr, *capfd.readouterr()) == ("", "", "")
+    written = json.loads(done.stdout)
+    assert written == [{"file": str(path), "bytes": path.stat().st_size} for path in files(out)]
+    # Rebuilt and exported a second time, the program gives the same bytes.
+    assert (out / "model.onnx").read_bytes() == to_onnx(nano_run.program)
+    report = nano_run.report.accuracy
+    for path, top1 in zip(files(out), (report.pte_top1, report.quantized_top1), strict=True):
+        done = run("eval", str(path), "--json")
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["top1"] == pytest.approx(top1, abs=0.6)  # two of 359 images
+
+
+def files(folder: Path) -> list[Path]:
+    return [folder / "model.pte", folder / "model.onnx"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 from hadaptive_q.data.sources import open_data
 from hadaptive_q.errors import UserError
 from hadaptive_q.evaluate import evaluate_file
+from hadaptive_q.lower import file_formats
 from hadaptive_q.lower.parity import sqnr_db, top1
 from hadaptive_q.lower.runtime import PteFile
 from hadaptive_q.models.checkpoint import load_model, save_model
@@ -58,10 +60,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", QUANTIZING)
 def test_recipe_gives_a_measured_file(name: str, trained: Path, tmp_path: Path) -> None:
     recipe = small(name)
-    report = quantize(recipe, tmp_path, trained)
+    report = quantize(recipe, tmp_path, trained, to=("pte", "onnx"))
 
     assert {p.name for p in tmp_path.iterdir()} >= {
-        *("model.pte", "float.pte", "report.json", "report.md", "report.html"),
+        *("model.pte", "float.pte", "model.onnx", "report.json", "report.md", "report.html"),
         *("recipe.yaml", "calibration.yaml", "float.safetensors", "float.json", "quantized.safetensors"),
     }
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".") or p.suffix == ".state"]
@@ -78,6 +80,17 @@ def test_recipe_gives_a_measured_file(name: str, trained: Path, tmp_path: Path) 
     assert report.parity.integer_identical == 1.0
     assert report.parity.top1_agreement >= 0.95  # an untrained network has many near-ties among its logits
     assert abs(report.accuracy.pte_top1 - report.accuracy.quantized_top1) <= 5
+    again = evaluate_file(tmp_path / "model.onnx", "digits")
+    assert again["top1"] == report.accuracy.onnx_top1
+    assert report.size.onnx_bytes == (tmp_path / "model.onnx").stat().st_size
+    parity = report.parity
+    assert parity.onnx_top1_agreement is not None
+    assert parity.onnx_sqnr_db is not None
+    assert parity.onnx_top1_agreement >= 0.99
+    assert parity.onnx_sqnr_db > max(20, report.parity.float_sqnr_db)
+    assert report.versions.keys() >= {"onnx", "onnxruntime"}
+    for page in ("report.md", "report.html"):
+        assert "model.onnx" in (tmp_path / page).read_text()
 
     # The folder holds all that the program was made of.
     run = open_run(tmp_path)
@@ -152,3 +165,21 @@ def test_infinite_activations_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="calibration"):
         quantize(small("int8_ptq"), tmp_path / "out", tmp_path / "huge.safetensors")
     assert not (tmp_path / "out" / "model.pte").exists()
+
+
+def test_a_format_whose_packages_are_missing_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(file_formats, "find_spec", lambda name: None if name == "onnxscript" else object())
+    with pytest.raises(UserError, match=r"format onnx: got no onnxscript .*pip install onnx onnxscript onnxruntime"):
+        quantize(small("int8"), tmp_path / "out", to=("onnx",))
+    with pytest.raises(UserError, match="pip install"):
+        evaluate_file(tmp_path / "model.onnx", "digits")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_without_onnx_says_nothing_of_it(nano_run: Any) -> None:
+    assert nano_run.report.accuracy.onnx_top1 is None
+    assert not (nano_run.folder / "model.onnx").exists()
+    for page in ("report.md", "report.html"):
+        assert "onnx" not in (nano_run.folder / page).read_text()

@@ -19,7 +19,7 @@ from hadaptive_q.quant.plan import Plan
 
 @dataclass(frozen=True)
 class QuantizedProgram:
-    """A converted network: callable on float inputs `(B, 3, S, S)`, exportable for one batch size."""
+    """A converted network: callable on float inputs `(B, 3, S, S)`, exportable for one batch size or any."""
 
     graph: GraphModule
     plan: Plan
@@ -30,16 +30,18 @@ class QuantizedProgram:
             out: Tensor = self.graph(inputs)
         return out
 
-    def export(self, batch: int = 1) -> ExportedProgram:
-        """Return the program for a fixed batch size, from an example in contiguous NCHW strides."""
+    def export(self, batch: int | None = 1) -> ExportedProgram:
+        """Return the program for a fixed batch size, or for any (None), from an example in contiguous NCHW strides."""
         return export_graph(self.graph, self.preprocess.image_size, batch)
 
 
-def export_graph(graph: torch.nn.Module, image_size: int, batch: int = 1) -> ExportedProgram:
-    """Export `graph` for inputs `(batch, 3, S, S)`.
+def export_graph(graph: torch.nn.Module, image_size: int, batch: int | None = 1) -> ExportedProgram:
+    """Export `graph` for inputs `(batch, 3, S, S)`; None leaves the batch dimension free.
 
     The strides of the example decide the layout the file expects: contiguous, whatever the images were.
     """
-    example = torch.zeros(batch, 3, image_size, image_size).contiguous(memory_format=torch.contiguous_format)
+    # A free dimension needs an example above 1, which would be taken for a constant.
+    example = torch.zeros(batch or 2, 3, image_size, image_size).contiguous(memory_format=torch.contiguous_format)
+    free = None if batch else ({0: torch.export.Dim("batch")},)
     with torch.no_grad():
-        return torch.export.export(graph, (example,))
+        return torch.export.export(graph, (example,), dynamic_shapes=free)

@@ -35,6 +35,7 @@ class Size(Part):
     float_pte_bytes: int
     pte_bytes: int
     pte_deflated_bytes: int
+    onnx_bytes: int | None = None
 
 
 class ParityRecord(Part):
@@ -42,7 +43,7 @@ class ParityRecord(Part):
 
     `integer_identical` is the share of images on which the file and the integer interpreter of the program give the
     very same logits. `float_*` is against the network as trained; where the selection is frozen, `frozen_*` is against
-    the float network with those channels.
+    the float network with those channels. `onnx_*` is `model.onnx` against the quantized program, where it was written.
     """
 
     top1_agreement: float
@@ -54,6 +55,10 @@ class ParityRecord(Part):
     float_sqnr_db: float
     frozen_agreement: float | None = None
     frozen_sqnr_db: float | None = None
+    onnx_top1_agreement: float | None = None
+    onnx_changed_fraction: float | None = None
+    onnx_max_codes: int | None = None
+    onnx_sqnr_db: float | None = None
 
 
 class CoverageRecord(Part):
@@ -125,10 +130,10 @@ class Report(Part):
         write_text(path, self.model_dump_json(indent=1) + "\n")
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of everything that decides a result."""
+def versions(*others: str) -> dict[str, str]:
+    """Return the versions of everything that decides a result, and of the packages `others`."""
     import platform
     from importlib.metadata import version
 
-    names = ("hadaptive-q", "torch", "torchao", "executorch")
+    names = ("hadaptive-q", "torch", "torchao", "executorch", *others)
     return {"python": platform.python_version()} | {name: version(name) for name in names}

@@ -1,0 +1,183 @@
+"""Lower a quantized program to an ONNX file with QuantizeLinear and DequantizeLinear, and run one in onnxruntime."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime
+import torch
+from onnx import numpy_helper
+from onnxruntime.capi import onnxruntime_pybind11_state as native
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from hadaptive_q.data.datasets import Split
+from hadaptive_q.data.transforms import normalise
+from hadaptive_q.errors import UserError
+from hadaptive_q.lower.quiet import quiet
+from hadaptive_q.models.config import Preprocess
+from hadaptive_q.quant.arithmetic import Grid
+from hadaptive_q.quant.program import QuantizedProgram
+from hadaptive_q.rewrite.graph import calls, constant
+
+# Not 21: when onnxruntime (1.31) optimises, it adds QuantizeLinear with the attribute `output_dtype` of that opset, and
+# then, on x86, turns int8 into uint8 everywhere but in there; such a file does not load. INT4 weights will need 21.
+OPSET = 20
+_FATAL = 4  # of onnxruntime's levels of logging, the highest
+_REFUSALS = (
+    native.Fail,
+    native.InvalidArgument,
+    native.InvalidGraph,
+    native.InvalidProtobuf,
+    native.NotImplemented,
+    native.RuntimeException,
+)
+
+
+def to_onnx(program: QuantizedProgram) -> bytes:
+    """Return `program` as an ONNX file for inputs `images` `(batch, 3, S, S)` with `batch` free; output `logits`.
+
+    The same program gives the same bytes. Raises RuntimeError where the file's scales are not the program's.
+    """
+    with quiet("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "root"):
+        exported = torch.onnx.export(
+            program.export(batch=None),
+            (),
+            dynamo=True,
+            opset_version=OPSET,
+            verbose=False,
+            input_names=["images"],
+            output_names=["logits"],
+        )
+    assert exported is not None
+    model = exported.model_proto
+    _drop_remarks(model)
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_param = "batch"
+    onnx.checker.check_model(model, full_check=True)
+    check_scales(program, model)
+    data: bytes = model.SerializeToString(deterministic=True)
+    return data
+
+
+def _drop_remarks(model: Any) -> None:
+    """Remove what the exporter notes down about its work: four fifths of a small file, source paths among it."""
+    graph = model.graph
+    # Shapes between the operators follow from the operators.
+    del graph.value_info[:]
+    for part in (model, graph, *graph.node, *graph.initializer, *graph.input, *graph.output):
+        del part.metadata_props[:]
+        part.ClearField("doc_string")
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Every number a network is quantized with.
+
+    `activations`: in the order of the data, the grid that makes the codes of a tensor and those that read them.
+    `weights`: codes (int8), scales (float32), zero points (int8), as bytes and sorted.
+    """
+
+    activations: tuple[tuple[Grid, frozenset[Grid]], ...]
+    weights: tuple[tuple[bytes, bytes, bytes], ...]
+
+
+def check_scales(program: QuantizedProgram, model: Any) -> None:
+    """Raise RuntimeError unless the ONNX `model` quantizes every tensor of `program` with the very same numbers."""
+    wanted, found = program_scales(program.graph), onnx_scales(model)
+    for part in ("activations", "weights"):
+        if getattr(wanted, part) != getattr(found, part):
+            raise RuntimeError(f"the ONNX graph does not quantize the {part} as the program does")
+
+
+def program_scales(graph: GraphModule) -> Scales:
+    """Return the numbers of a converted graph."""
+    ops = torch.ops.quantized_decomposed
+    quantizers = calls(graph, ops.quantize_per_tensor.default)
+    activations = tuple((_grid(q), frozenset(_grid(reader) for reader in q.users)) for q in quantizers)
+    weights = [_program_weight(graph, node) for node in calls(graph, ops.dequantize_per_channel.default)]
+    return Scales(activations, tuple(sorted(weights)))
+
+
+def _grid(node: Node) -> Grid:
+    scale, zero_point = node.args[1:3]
+    assert isinstance(scale, float)
+    assert isinstance(zero_point, int)
+    return Grid(scale, zero_point)
+
+
+def _program_weight(graph: GraphModule, node: Node) -> tuple[bytes, bytes, bytes]:
+    codes, scales, zero_points = (constant(graph, argument) for argument in node.args[:3])
+    assert codes is not None
+    assert scales is not None
+    assert zero_points is not None
+    stored = (codes.to(torch.int8), scales.to(torch.float32), zero_points.to(torch.int8))
+    first, second, third = (tensor.contiguous().numpy().tobytes() for tensor in stored)
+    return first, second, third
+
+
+def onnx_scales(model: Any) -> Scales:
+    """Return the numbers of an ONNX model whose scales and zero points are constants."""
+    values = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+
+    def grid(node: Any) -> Grid:
+        _, scale, zero_point = node.input
+        return Grid(float(values[scale]), int(values[zero_point]))
+
+    quantizers = [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
+    dequantizers = [node for node in model.graph.node if node.op_type == "DequantizeLinear"]
+    readers: dict[str, set[Grid]] = {node.output[0]: set() for node in quantizers}
+    weights = []
+    for node in dequantizers:
+        if node.input[0] in values:
+            first, second, third = (values[name].tobytes() for name in node.input)
+            weights.append((first, second, third))
+        else:
+            readers[node.input[0]].add(grid(node))
+    activations = tuple((grid(node), frozenset(readers[node.output[0]])) for node in quantizers)
+    return Scales(activations, tuple(sorted(weights)))
+
+
+class OnnxFile:
+    """A loaded ONNX file that takes images `(B, 3, S, S)` and returns logits `(B, classes)`, on this CPU.
+
+    Raises UserError where onnxruntime refuses the file or it takes something else.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not path.is_file():
+            raise UserError(f"file {path}", "no such file", "an .onnx")
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = _FATAL  # a refusal is raised; it need not be printed, too
+        try:
+            self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except _REFUSALS as error:
+            raise UserError(f"file {path}", f"'{error}'", "an .onnx that onnxruntime loads") from error
+        self._input, self.input_shape = self._images()
+
+    def _images(self) -> tuple[str, tuple[int, ...]]:
+        """Return the name and the shape of the one input, a free batch dimension as 1."""
+        inputs = self._session.get_inputs()
+        for given in inputs if len(inputs) == len(self._session.get_outputs()) == 1 else []:
+            match given.shape, given.type:
+                case [batch, 3, int(height), int(width)], "tensor(float)":
+                    return given.name, (batch if isinstance(batch, int) else 1, 3, height, width)
+        found = ", ".join(f"{given.name} {given.type} {given.shape}" for given in inputs)
+        raise UserError(f"file {self.path}", f"inputs {found}", "float images (batch, 3, S, S) alone, and one output")
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """Run float inputs `(B, 3, S, S)`; any B where the file leaves it free."""
+        try:
+            (out,) = self._session.run(None, {self._input: inputs.contiguous().numpy()})
+        except _REFUSALS as error:
+            raise UserError(f"file {self.path}", f"'{error}'", f"an input of shape {self.input_shape}") from error
+        return torch.from_numpy(out)
+
+    def predict(self, split: Split, preprocess: Preprocess) -> Tensor:
+        """Return logits `(N, classes)` over a whole split, one image at a time, as a phone would."""
+        return torch.cat([self(normalise(split[i][0][None], preprocess)) for i in range(len(split))])

@@ -1,0 +1,174 @@
+"""ONNX files answer like the program they came from, quantize with its very numbers, and others are refused."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper
+from torch import Tensor
+
+from hadaptive_q.data.datasets import ImageData
+from hadaptive_q.errors import UserError
+from hadaptive_q.lower.onnx import OnnxFile, check_scales, onnx_scales, program_scales, to_onnx
+from hadaptive_q.lower.parity import compare, output_scale
+from hadaptive_q.models.hadaptive_net import HadaptiveNet
+from hadaptive_q.quant.backends import torchao_pt2e as backend
+from hadaptive_q.quant.plan import make_plan
+from hadaptive_q.quant.program import QuantizedProgram
+from hadaptive_q.recipe import QuantizeConfig
+from hadaptive_q.rewrite.deploy import deploy_graph
+
+SIZE = 32
+
+
+@dataclass(frozen=True)
+class Written:
+    """A program, the bytes of its ONNX file, and the file."""
+
+    program: QuantizedProgram
+    data: bytes
+    path: Path
+
+    @property
+    def model(self) -> Any:
+        return onnx.load_from_string(self.data)
+
+
+@pytest.fixture(scope="module", params=["channel", "static"], ids=["dynamic", "static"])
+def written(
+    request: pytest.FixtureRequest,
+    make_nano: Callable[..., HadaptiveNet],
+    few_digits: ImageData,
+    inputs: Tensor,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Written:
+    """A calibrated nano network, per-sample selection or frozen, as an ONNX file."""
+    graph = deploy_graph(make_nano(request.param), SIZE)
+    calibrated = backend.calibrate(backend.prepare(graph, make_plan(graph, QuantizeConfig()), "minmax"), [inputs])
+    program = backend.convert(calibrated, few_digits.preprocess)
+    data = to_onnx(program)
+    path = tmp_path_factory.mktemp("onnx") / "model.onnx"
+    path.write_bytes(data)
+    return Written(program, data, path)
+
+
+def test_file_answers_like_the_program(written: Written, inputs: Tensor) -> None:
+    file = OnnxFile(written.path)
+    assert file.input_shape == (1, 3, SIZE, SIZE)
+    wanted = torch.cat([written.program(image[None]) for image in inputs])
+    found = torch.cat([file(image[None]) for image in inputs])
+    assert len(wanted.unique()) > 50
+    # Both round every tensor on the same grids; sums in another order may move a value over a rounding's edge, by one
+    # code where it happens, and by a few at the output of what follows.
+    parity = compare(wanted, found, output_scale(written.program.graph))
+    assert parity.max_codes <= 3
+    assert parity.changed_fraction <= 0.05
+    assert parity.top1_agreement == 1
+
+
+def test_batches_of_any_size(written: Written, inputs: Tensor) -> None:
+    file = OnnxFile(written.path)
+    alone = torch.cat([file(image[None]) for image in inputs[:5]])
+    together = file(inputs[:5])
+    assert together.shape == (5, 10)
+    assert compare(alone, together, output_scale(written.program.graph)).max_codes <= 1
+
+
+def test_only_standard_operators(written: Written) -> None:
+    model = written.model
+    onnx.checker.check_model(model, full_check=True)
+    assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", 20)]
+    assert not model.functions
+    kinds = Counter(node.op_type for node in model.graph.node)
+    weights = len(program_scales(written.program.graph).weights)
+    assert kinds["DequantizeLinear"] == kinds["QuantizeLinear"] + weights
+    assert kinds["HardSwish"] > 0
+    assert kinds["TopK"] == 0
+
+
+def test_every_shape_is_inferred(written: Written) -> None:
+    inferred = onnx.shape_inference.infer_shapes(written.model, check_type=True, strict_mode=True, data_prop=True)
+    known = {value.name for value in [*inferred.graph.value_info, *inferred.graph.output]}
+    assert {name for node in inferred.graph.node for name in node.output} <= known
+    (logits,) = inferred.graph.output
+    batch, classes = logits.type.tensor_type.shape.dim
+    assert (logits.name, batch.dim_param, classes.dim_value) == ("logits", "batch", 10)
+    assert [given.name for given in inferred.graph.input] == ["images"]
+
+
+def test_nothing_of_the_export_is_left_in_the_file(written: Written) -> None:
+    for word in (b".py", b"torch.fx", b"pkg.", b"hadaptive_q/"):
+        assert word not in written.data
+
+
+def test_same_scales_as_the_program(written: Written) -> None:
+    wanted, found = program_scales(written.program.graph), onnx_scales(written.model)
+    assert found == wanted
+    assert len(set(wanted.activations)) > 20
+    assert all(len(readers) == 1 for _, readers in wanted.activations)
+    assert len(wanted.weights) > 20
+
+
+@pytest.mark.parametrize(
+    ("kind", "argument", "part"),
+    [("QuantizeLinear", 1, "activations"), ("DequantizeLinear", 2, "activations"), ("DequantizeLinear", 1, "weights")],
+)
+def test_another_number_anywhere_is_noticed(written: Written, kind: str, argument: int, part: str) -> None:
+    model = written.model
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    weights = part == "weights"
+    nodes = [n for n in model.graph.node if n.op_type == kind and (n.input[0] in stored) == weights]
+    # A constant is shared by whoever has the same: this one node gets another of its own.
+    changed = onnx.numpy_helper.to_array(stored[nodes[-1].input[argument]]).copy()
+    changed += changed.dtype.type(1)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(changed, "another"))
+    nodes[-1].input[argument] = "another"
+    with pytest.raises(RuntimeError, match=part):
+        check_scales(written.program, model)
+
+
+@pytest.mark.parametrize("cut", [0, 100, 30_000])
+def test_cut_files_are_refused(written: Written, tmp_path: Path, cut: int) -> None:
+    (tmp_path / "cut.onnx").write_bytes(written.data[:cut])
+    with pytest.raises(UserError, match=r"cut\.onnx.*onnxruntime loads"):
+        OnnxFile(tmp_path / "cut.onnx")
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such file"):
+        OnnxFile(tmp_path / "nothing.onnx")
+
+
+def test_wrong_image_size_is_named(written: Written) -> None:
+    with pytest.raises(UserError, match=r"input of shape \(1, 3, 32, 32\)"):
+        OnnxFile(written.path)(torch.zeros(1, 3, 16, 16))
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind", "count"),
+    [
+        (["n", 3, "h", "w"], TensorProto.FLOAT, 1),
+        ([1, 1, 32, 32], TensorProto.FLOAT, 1),
+        ([1, 3, 32, 32], TensorProto.UINT8, 1),
+        ([1, 64], TensorProto.FLOAT, 1),
+        ([1, 3, 32, 32], TensorProto.FLOAT, 2),
+    ],
+    ids=["free size", "grey", "bytes", "no images", "two inputs"],
+)
+def test_foreign_networks_are_refused(shape: list[int | str], kind: int, count: int, tmp_path: Path) -> None:
+    names = [f"x{index}" for index in range(count)]
+    inputs = [helper.make_tensor_value_info(name, kind, shape) for name in names]
+    output = helper.make_tensor_value_info("y", kind, shape)
+    last = names[-1]
+    graph = helper.make_graph([helper.make_node("Identity", [last], ["y"])], "foreign", inputs, [output])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    (tmp_path / "foreign.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(UserError, match=r"foreign\.onnx.*x0.*expected float images"):
+        OnnxFile(tmp_path / "foreign.onnx")
