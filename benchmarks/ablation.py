@@ -33,7 +33,7 @@ CHANGES: dict[str, tuple[str, ...]] = {
     "ranges follow the batches": ("quantize.ranges=observed",),
     "ranges frozen from the start": ("fit.freeze_ranges=0.0",),
     "ranges never frozen": ("fit.freeze_ranges=1.0",),
-    "`selection: static`": ("quantize.selection=static",),
+    "`selection: static`": ("int8_static",),
 }
 EPOCHS = {"glyphs": (10, 2)}
 COLUMNS = (
@@ -53,18 +53,22 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--checkpoint", type=Path, help="the float model; trained by the recipe unless given")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "ablation")
+    parser.add_argument("--finished", action="store_true", help="leave out rows that the output folder does not hold")
     parser.add_argument("--render", action="store_true", help="only write the README table from the results")
     arguments = parser.parse_args()
     if not arguments.render:
-        write_results("ablation", _rows(arguments.data, arguments.seed, arguments.out, arguments.checkpoint))
+        rows = _rows(arguments.data, arguments.seed, arguments.out, arguments.checkpoint, arguments.finished)
+        write_results("ablation", rows)
     write_section("ablation", _table)
 
 
-def _rows(data: str, seed: int, out: Path, checkpoint: Path | None) -> list[Row]:
+def _rows(data: str, seed: int, out: Path, checkpoint: Path | None, finished: bool) -> list[Row]:
     rows: list[Row] = []
     for index, (title, change) in enumerate(CHANGES.items()):
         name, *settings = change if change and "=" not in change[0] else ("int8", *change)
         folder = out / f"{data}-{seed}-{index:02}"
+        if finished and not (folder / "report.json").is_file():
+            continue
         recipe = load_recipe(name, [f"data={data}", f"seed={seed}", *_epochs(name, data), *settings])
         rows.append({"change": title, "settings": list(change), **run(recipe, folder, checkpoint)})
         checkpoint = checkpoint or folder / "float.safetensors"
