@@ -37,8 +37,10 @@ def drop_outliers(
         for hook in hooks:
             hook.remove()
     usual = sizes.quantile(USUAL, dim=1, keepdim=True)
-    # A tensor that is zero for nearly all images says nothing; NaN compares as no outlier and is reported later.
-    outlier = ((sizes > LIMIT * usual) & (usual > 0)).any(dim=0)
+    # A tensor that is zero for nearly all images says nothing.
+    beyond = ((sizes > LIMIT * usual) & (usual > 0)).any(dim=0)
+    # NaN and infinity are an error, which the observers report, not an outlier.
+    outlier = beyond & sizes.isfinite().all(dim=0)
     kept = [inputs[~mask] if mask.any() else inputs for inputs, mask in _pairs(batches, outlier)]
     return [inputs for inputs in kept if len(inputs)]
 
