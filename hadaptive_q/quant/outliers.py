@@ -1,7 +1,7 @@
 """Calibration images that no range should cover.
 
-Products of products have no bound: behind four BatchNorm-type ACH modules a single image of a thousand reached
-activations four orders of magnitude beyond the others', and ranges that cover it leave the others a code or two.
+Products of products have no bound: behind four BatchNorm-type ACH modules, two calibration images of 512 reached
+activations four orders of magnitude beyond the others', and ranges that cover them leave the others a code or two.
 """
 
 from __future__ import annotations
