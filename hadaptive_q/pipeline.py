@@ -287,11 +287,7 @@ def _measure(
             frozen_sqnr_db=None if frozen is None else sqnr_db(frozen, shipped),
             **{f"onnx_{key}": value for key, value in onnx_parity.items()},
         ),
-        coverage=CoverageRecord(
-            delegates=lowered.coverage.delegates,
-            portable_ops=list(lowered.coverage.portable_ops),
-            fp32_ops=list(lowered.coverage.fp32_ops),
-        ),
+        coverage=CoverageRecord.model_validate(asdict(lowered.coverage)),
         ach=measure.measure_ach(deploy, program, inputs, measure.train_eval_overlap(reference.model, inputs)),
         layers=measure.measure_layers(deploy, program, inputs),
         latency=measure.measure_latency(file, float_file, inputs[:1]),

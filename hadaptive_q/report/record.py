@@ -61,12 +61,29 @@ class ParityRecord(Part):
     onnx_sqnr_db: float | None = None
 
 
+class LayerBytesRecord(Part):
+    """Bytes of a layer's constants in the written file."""
+
+    layer: str
+    weights: int
+    biases: int
+    scales: int
+
+
 class CoverageRecord(Part):
-    """Where the operators of the written file run."""
+    """What the written file is made of: delegates, operators inside them by precision and outside, what only moves data.
+
+    `layers` are those with constants, the largest first.
+    """
 
     delegates: int
     portable_ops: list[str]
+    int8_ops: list[str] = []
     fp32_ops: list[str]
+    conversions: int | None = None
+    copies: int | None = None
+    transposes: int | None = None
+    layers: list[LayerBytesRecord] = []
 
 
 class AchRecord(Part):
