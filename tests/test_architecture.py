@@ -24,6 +24,7 @@ LAYERS = [
     ["arm"],
     ["lower"],
     ["report"],
+    ["regress"],
     ["pipeline", "evaluate", "bench", "restore", "explain", "export"],
     ["cli", "__main__", "__init__"],
 ]
@@ -110,6 +111,7 @@ def test_refused_habits(path: Path) -> None:
         ["--help"],
         ["qat", "--help"],
         ["explain", "--help"],
+        ["check", "no-such-run", "--budget", "size.ratio < 1"],
         ["recipes"],
         ["qat", "--recipe", "int9"],
         ["qat", "--to", "onxx"],
