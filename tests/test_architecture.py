@@ -29,7 +29,7 @@ LAYERS = [
 ]
 FENCES = {
     "torchao": {"quant/fake_quant.py", "quant/backends/torchao_pt2e.py"},
-    "executorch": {"lower/executorch.py", "lower/runtime.py", "lower/hardswish_int8.py"},
+    "executorch": {"lower/executorch.py", "lower/runtime.py", "lower/hardswish_int8.py", "lower/uint8_input.py"},
     "brevitas": {"quant/backends/brevitas.py"},
     "onnx": {"lower/onnx.py"},
     "onnxruntime": {"lower/onnx.py"},
@@ -113,6 +113,7 @@ def test_refused_habits(path: Path) -> None:
         ["recipes"],
         ["qat", "--recipe", "int9"],
         ["qat", "--to", "onxx"],
+        ["qat", "--input", "uint9"],
         ["qat", "--set", "fit.epoch=3"],
         ["qat", "--set", "fit.epochs=many"],
     ],

@@ -115,6 +115,8 @@ MISTAKES = [
     (["qat", "--set", "fit.epoch=3"], ["fit.epoch", "'epochs'"]),
     (["qat", "--set", "fit.epochs=many"], ["fit.epochs", "'many'", "integer"]),
     (["qat", "--set", "quantize.selection=fixed"], ["quantize.selection", "'fixed'", "'dynamic'"]),
+    (["ptq", "--input", "uint8_nhwc"], ["--input uint8_nhwc", "float32, uint8, uint8_nchw", "'uint8_nchw'"]),
+    (["qat", "--set", "quantize.input=byte"], ["quantize.input", "'byte'", "'uint8'"]),
     (["qat", "--set", "nonsense"], ["nonsense", "key=value"]),
     (["qat", "--data", "digit"], ["--data", "'digit'", "'digits'"]),
     (["qat", "--data", "nowhere/at/all"], ["nowhere/at/all"]),

@@ -69,6 +69,13 @@ class CoverageRecord(Part):
     fp32_ops: list[str]
 
 
+class InputRecord(Part):
+    """What the written file takes: `dtype` float32 or uint8, `shape` of one image in the file's layout."""
+
+    dtype: str
+    shape: list[int]
+
+
 class AchRecord(Part):
     """One ACH over a part of the validation split: `flip_rate` is the share of chosen channels that float did not
     choose, `rank_flip_rate` the share of slots that hold another channel."""
@@ -120,6 +127,7 @@ class Report(Part):
     size: Size
     parity: ParityRecord
     coverage: CoverageRecord
+    input: InputRecord | None = None
     ach: list[AchRecord]
     layers: list[LayerRecord]
     latency: Latency

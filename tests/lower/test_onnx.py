@@ -15,9 +15,12 @@ from onnx import TensorProto, helper
 from torch import Tensor
 
 from hadaptive_q.data.datasets import ImageData
+from hadaptive_q.data.transforms import normalise
 from hadaptive_q.errors import UserError
+from hadaptive_q.lower.file_input import FileInput
 from hadaptive_q.lower.onnx import OnnxFile, check_scales, onnx_scales, program_scales, to_onnx
 from hadaptive_q.lower.parity import compare, output_scale
+from hadaptive_q.models.config import InputName
 from hadaptive_q.models.hadaptive_net import HadaptiveNet
 from hadaptive_q.quant.backends import torchao_pt2e as backend
 from hadaptive_q.quant.plan import make_plan
@@ -61,7 +64,7 @@ def written(
 
 def test_file_answers_like_the_program(written: Written, inputs: Tensor) -> None:
     file = OnnxFile(written.path)
-    assert file.input_shape == (1, 3, SIZE, SIZE)
+    assert file.input == FileInput("float32", (1, 3, SIZE, SIZE))
     wanted = torch.cat([written.program(image[None]) for image in inputs])
     found = torch.cat([file(image[None]) for image in inputs])
     assert len(wanted.unique()) > 50
@@ -172,3 +175,27 @@ def test_foreign_networks_are_refused(shape: list[int | str], kind: int, count: 
     (tmp_path / "foreign.onnx").write_bytes(model.SerializeToString())
     with pytest.raises(UserError, match=r"foreign\.onnx.*x0.*expected float images"):
         OnnxFile(tmp_path / "foreign.onnx")
+
+
+@pytest.mark.parametrize(("name", "sizes"), [("uint8", (SIZE, SIZE, 3)), ("uint8_nchw", (3, SIZE, SIZE))])
+def test_a_program_of_bytes(
+    name: InputName,
+    sizes: tuple[int, ...],
+    make_byte_program: Callable[..., QuantizedProgram],
+    few_digits: ImageData,
+    tmp_path: Path,
+) -> None:
+    program = make_byte_program(name)
+    data = to_onnx(program)
+    (grid,) = onnx_scales(onnx.load_from_string(data)).images
+    assert (grid.scale, grid.zero_point) == (float(torch.tensor(1 / 255)), 0)
+    (tmp_path / "model.onnx").write_bytes(data)
+    file = OnnxFile(tmp_path / "model.onnx")
+    assert file.input == FileInput("uint8", (1, *sizes))
+    images = torch.stack([few_digits.val[i][0] for i in range(32)])
+    found = file(file.input.of(images, program.preprocess))
+    wanted = program(normalise(images, program.preprocess))
+    parity = compare(wanted, found, output_scale(program.graph))
+    assert parity.max_codes <= 3  # as for floats, above
+    assert parity.changed_fraction <= 0.05
+    assert parity.top1_agreement == 1
