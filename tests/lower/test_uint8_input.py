@@ -15,9 +15,12 @@ from hadaptive_q.errors import UserError
 from hadaptive_q.lower.executorch import lower
 from hadaptive_q.lower.file_input import FileInput
 from hadaptive_q.lower.runtime import PteFile
+from hadaptive_q.lower.uint8_input import Uint8DequantizeConfig
 from hadaptive_q.models.config import InputName
 from hadaptive_q.quant.interpreter import IntegerProgram
 from hadaptive_q.quant.program import QuantizedProgram
+
+Q = torch.ops.quantized_decomposed
 
 
 @pytest.mark.parametrize(("name", "shape"), [("uint8", (1, 32, 32, 3)), ("uint8_nchw", (1, 3, 32, 32))])
@@ -53,14 +56,21 @@ def test_the_file_computes_the_programs_integers(
         file(torch.zeros(shape))
 
 
-class Unsigned(nn.Module):
-    """Bytes that a float operator reads, with no quantize operator between."""
+class Read(nn.Module):
+    """Bytes that a quantize operator reads, or a float operator, too."""
+
+    def __init__(self, in_float: bool) -> None:
+        super().__init__()
+        self.in_float = in_float
 
     def forward(self, x: Tensor) -> Tensor:
-        read = torch.ops.quantized_decomposed.dequantize_per_tensor.default(x, 0.5, 0, 0, 255, torch.uint8)
-        return nn.functional.hardswish(read)
+        pixels = Q.dequantize_per_tensor.default(x, 0.5, 0, 0, 255, torch.uint8)
+        codes = Q.quantize_per_tensor.default(pixels, 0.5, -128, -128, 127, torch.int8)
+        return codes + nn.functional.hardswish(pixels) if self.in_float else codes
 
 
-def test_bytes_that_are_read_as_floats_stay_outside() -> None:
-    exported = torch.export.export(Unsigned(), (torch.zeros(1, 8, dtype=torch.uint8),))
-    assert lower(exported).coverage.portable_ops == ("dequantize_per_tensor",)
+@pytest.mark.parametrize("in_float", [False, True])
+def test_only_bytes_that_become_codes_are_taken(in_float: bool) -> None:
+    exported = torch.export.export(Read(in_float), (torch.zeros(1, 8, dtype=torch.uint8),))
+    (read,) = (n for n in exported.graph.nodes if n.target == Q.dequantize_per_tensor.default)
+    assert Uint8DequantizeConfig().check_constraints(read, exported) is not in_float
