@@ -30,7 +30,7 @@ Seed = Annotated[int | None, typer.Option(help="Seed of every random number.")]
 To = Annotated[str, typer.Option(help=f"Formats: {','.join(FORMATS)}, or some of them; a run has its .pte anyway.")]
 Input = Annotated[
     str | None,
-    typer.Option(help=f"What the file takes: {', '.join(INPUTS)}; uint8 is NHWC, and normalises inside the network."),
+    typer.Option("--input", help=f"What the file takes: {', '.join(INPUTS)}; uint8 is RGB bytes, NHWC."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 
