@@ -66,7 +66,7 @@ def test_channels_last_example_does_not_reach_the_file(
 
 
 def test_wrong_input_is_named(float_file: tuple[torch.nn.Module, Path]) -> None:
-    with pytest.raises(UserError, match=r"input of shape \(1, 3, 32, 32\)"):
+    with pytest.raises(UserError, match=r"input float32 \(1, 3, 32, 32\)"):
         PteFile(float_file[1])(torch.zeros(1, 3, 16, 16))
 
 
