@@ -12,7 +12,7 @@ import typer
 from hadaptive_q.arm.cores import CORES
 from hadaptive_q.errors import UserError, nearest
 from hadaptive_q.lower.file_formats import FORMATS, find_formats
-from hadaptive_q.models.config import VARIANTS
+from hadaptive_q.models.config import INPUTS, VARIANTS
 from hadaptive_q.recipe import Recipe, load_recipe, shipped
 
 app = typer.Typer(
@@ -28,6 +28,10 @@ Checkpoint = Annotated[Path | None, typer.Option(help="Float model to start from
 Settings = Annotated[list[str] | None, typer.Option("--set", help="Replace a recipe field: key.path=value.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of every random number.")]
 To = Annotated[str, typer.Option(help=f"Formats: {','.join(FORMATS)}, or some of them; a run has its .pte anyway.")]
+Input = Annotated[
+    str | None,
+    typer.Option("--input", help=f"What the file takes: {', '.join(INPUTS)}; uint8 is RGB bytes, NHWC."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 
 
@@ -39,6 +43,14 @@ def _recipe(name: str, settings: list[str] | None, task: Literal["train", "ptq",
             f"--recipe {name}", f"a recipe for {recipe.task}", f"one for {task}", f"run: hadaptive-q {recipe.task}"
         )
     return recipe
+
+
+def _quantizing(
+    name: str, settings: list[str] | None, task: Literal["ptq", "qat"], input_: str | None, **fields: Any
+) -> Recipe:
+    if input_ is not None and input_ not in INPUTS:
+        raise UserError(f"--input {input_}", "an unknown input", f"one of {', '.join(INPUTS)}", nearest(input_, INPUTS))
+    return _recipe(name, settings, task, **fields, **{"quantize.input": input_})
 
 
 def _folder(recipe: Recipe, out: Path | None) -> Path:
@@ -76,13 +88,14 @@ def qat(
     checkpoint: Checkpoint = None,
     data: Data = None,
     out: Out = None,
+    input_: Input = None,
     set_: Settings = None,
     seed: Seed = None,
     to: To = "pte",
     as_json: AsJson = False,
 ) -> None:
     """Quantize with training: float model (trained first if none is given), QAT, .pte, report."""
-    _quantize(_recipe(recipe, set_, "qat", data=data, seed=seed), checkpoint, out, to, as_json)
+    _quantize(_quantizing(recipe, set_, "qat", input_, data=data, seed=seed), checkpoint, out, to, as_json)
 
 
 @app.command()
@@ -91,13 +104,14 @@ def ptq(
     checkpoint: Checkpoint = None,
     data: Data = None,
     out: Out = None,
+    input_: Input = None,
     set_: Settings = None,
     seed: Seed = None,
     to: To = "pte",
     as_json: AsJson = False,
 ) -> None:
     """Quantize without training: float model, calibration, .pte, report."""
-    _quantize(_recipe(recipe, set_, "ptq", data=data, seed=seed), checkpoint, out, to, as_json)
+    _quantize(_quantizing(recipe, set_, "ptq", input_, data=data, seed=seed), checkpoint, out, to, as_json)
 
 
 def _quantize(recipe: Recipe, checkpoint: Path | None, out: Path | None, to: str, as_json: bool) -> None:
@@ -117,6 +131,8 @@ def _quantize(recipe: Recipe, checkpoint: Path | None, out: Path | None, to: str
         f"top-1 {accuracy.pte_top1:.2f} % in the ExecuTorch runtime on {accuracy.samples} images"
         f" (float {accuracy.float_top1:.2f} %, quantized program {accuracy.quantized_top1:.2f} %)"
     )
+    if report.input:
+        typer.echo(f"input: {report.input.dtype} ({', '.join(map(str, report.input.shape))})")
     typer.echo(f"same top-1 as the quantized program: {100 * parity.top1_agreement:.2f} %")
     if accuracy.onnx_top1 is not None:
         typer.echo(f"{folder / 'model.onnx'}: top-1 {accuracy.onnx_top1:.2f} % in onnxruntime")

@@ -19,14 +19,13 @@ from hadaptive_q.train.loop import predict
 def evaluate_file(file: Path, data_name: str) -> dict[str, float | int | str]:
     """Return `top1` and `top5` in percent and `samples`, over the validation split of `data_name`.
 
-    A `.pte` runs in the ExecuTorch runtime, an `.onnx` in onnxruntime, on images prepared as `float.json` beside it
-    says or as the data is by default.
+    A `.pte` runs in the ExecuTorch runtime, an `.onnx` in onnxruntime, on images as they are where it takes bytes, and
+    otherwise prepared as `float.json` beside it says or as the data is by default.
     Raises UserError where the file's classes or image size do not fit the data.
     """
     if file.suffix.removeprefix(".") in FORMATS:
         written = open_file(file)
-        size = written.input_shape[-1]
-        data = open_data(data_name, size)
+        data = open_data(data_name, written.input.image_size)
         preprocess = _beside(file) or data.preprocess
         logits = written.predict(data.val, preprocess)
         labels = torch.tensor([data.val[i][1] for i in range(len(data.val))])

@@ -10,7 +10,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -31,6 +31,7 @@ from hadaptive_q.lower.runtime import PteFile
 from hadaptive_q.models.checkpoint import load_model, read_training_key, save_model
 from hadaptive_q.models.config import VARIANTS
 from hadaptive_q.models.hadaptive_net import HadaptiveNet, create_model
+from hadaptive_q.models.pixels import take_pixels
 from hadaptive_q.quant.backends import torchao_pt2e as backend
 from hadaptive_q.quant.backends.torchao_pt2e import Calibrated
 from hadaptive_q.quant.damping import oscillation_damping
@@ -39,7 +40,7 @@ from hadaptive_q.quant.plan import make_plan
 from hadaptive_q.quant.program import QuantizedProgram, export_graph
 from hadaptive_q.recipe import Recipe
 from hadaptive_q.report import measure
-from hadaptive_q.report.record import Accuracy, CoverageRecord, ParityRecord, Report, Size, versions
+from hadaptive_q.report.record import Accuracy, CoverageRecord, InputRecord, ParityRecord, Report, Size, versions
 from hadaptive_q.report.render import write_report_pages
 from hadaptive_q.rewrite.deploy import deploy_graph
 from hadaptive_q.rewrite.drop_no_ops import drop_no_ops
@@ -88,14 +89,15 @@ def quantize(recipe: Recipe, out: Path, checkpoint: Path | None = None, to: Sequ
     atomic.write_text(out / "recipe.yaml", recipe.to_yaml())
     atomic.write_text(out / "calibration.yaml", manifest.to_yaml())
 
-    model = copy.deepcopy(reference.model)
+    seen, teacher = on_file_inputs(recipe, data, reference.model)
+    model = copy.deepcopy(teacher)
     if recipe.quantize.selection == "static":
-        chosen = freeze_selection(model, batches(manifest, data, recipe.calibration.batch_size))
+        chosen = freeze_selection(model, batches(manifest, seen, recipe.calibration.batch_size))
         atomic.write_text(out / "selection.json", json.dumps(chosen) + "\n")
-    program = quantized_program(recipe, model, data, manifest, out, reference.model)
+    program = quantized_program(recipe, model, seen, manifest, out, teacher)
     deploy = deploy_graph(model, data.preprocess.image_size)
 
-    # The float file is the network as trained, whose selection is not frozen.
+    # The float file is the network as trained: its selection is not frozen, and it takes normalised images.
     float_graph = deploy_graph(reference.model, data.preprocess.image_size)
     drop_no_ops(float_graph)
     float_pte = lower(export_graph(float_graph, data.preprocess.image_size))
@@ -124,7 +126,14 @@ def quantized_program(
         _fit(recipe, calibrated, teacher, data, manifest, out)
     # save_model, not save_file: tensors that share a scale share one fake-quantizer.
     atomic.write_with(out / "quantized.safetensors", lambda path: save_tensors(calibrated.graph, str(path)))
-    return backend.convert(calibrated, data.preprocess)
+    return backend.convert(calibrated, data.preprocess, recipe.quantize.input)
+
+
+def on_file_inputs(recipe: Recipe, data: ImageData, model: HadaptiveNet) -> tuple[ImageData, HadaptiveNet]:
+    """Return `data` and `model` as the quantized program takes them: not normalised where the file takes bytes."""
+    if recipe.quantize.input == "float32":
+        return data, model
+    return replace(data, preprocess=data.preprocess.unnormalised), take_pixels(model, data.preprocess)
 
 
 def prepare(recipe: Recipe, graph: GraphModule) -> backend.Prepared:
@@ -222,7 +231,8 @@ def write_checked(path: Path, content: bytes, opened: Callable[[Path], ModelFile
 
     def write(temporary: Path) -> None:
         temporary.write_bytes(content)
-        logits = opened(temporary)(normalise(data.val[0][0][None], data.preprocess))
+        file = opened(temporary)
+        logits = file(file.input.of(data.val[0][0][None], data.preprocess))
         if logits.shape != (1, data.num_classes) or not logits.isfinite().all():
             raise RuntimeError(f"{path.name}: the lowered file answers {tuple(logits.shape)} with non-finite values")
 
@@ -241,17 +251,19 @@ def _measure(
     lowered: Lowered,
 ) -> Report:
     labels = reference.labels
-    quantized, _ = predict(program.graph, data.val, data.preprocess)
+    quantized, _ = predict(program.graph, data.val, program.preprocess)
     file, float_file = PteFile(out / "model.pte"), PteFile(out / "float.pte")
     shipped = file.predict(data.val, data.preprocess)
     scale = output_scale(program.graph)
     parity = compare(quantized, shipped, scale)
     onnx = _answers(out / "model.onnx", data)
     onnx_parity = {} if onnx is None else asdict(compare(quantized, onnx, scale))
-    integers, _ = predict(IntegerProgram(program), data.val, data.preprocess)
+    integers, _ = predict(IntegerProgram(program), data.val, program.preprocess)
     static = recipe.quantize.selection == "static"
-    frozen = predict(deployed.eval(), data.val, data.preprocess)[0] if static else None
-    inputs = normalise(torch.stack([data.val[i][0] for i in spread(len(data.val), LAYER_SAMPLES)]), data.preprocess)
+    frozen = predict(deployed.eval(), data.val, program.preprocess)[0] if static else None
+    images = torch.stack([data.val[i][0] for i in spread(len(data.val), LAYER_SAMPLES)])
+    inputs = normalise(images, program.preprocess)
+    overlap = measure.train_eval_overlap(reference.model, normalise(images, data.preprocess))
     return Report(
         model=reference.model.config.name,
         recipe=recipe.name,
@@ -288,9 +300,10 @@ def _measure(
             **{f"onnx_{key}": value for key, value in onnx_parity.items()},
         ),
         coverage=CoverageRecord.model_validate(asdict(lowered.coverage)),
-        ach=measure.measure_ach(deploy, program, inputs, measure.train_eval_overlap(reference.model, inputs)),
+        input=InputRecord(dtype=file.input.dtype, shape=list(file.input.shape)),
+        ach=measure.measure_ach(deploy, program, inputs, overlap),
         layers=measure.measure_layers(deploy, program, inputs),
-        latency=measure.measure_latency(file, float_file, inputs[:1]),
+        latency=measure.measure_latency(file, float_file, images[:1], data.preprocess),
     )
 
 

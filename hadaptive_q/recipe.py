@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegative
 from pydantic import ValidationError as PydanticError
 
 from hadaptive_q.errors import UserError, nearest
-from hadaptive_q.models.config import VARIANTS, SlotOrder
+from hadaptive_q.models.config import VARIANTS, InputName, SlotOrder
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 
@@ -68,7 +68,7 @@ class CalibrationConfig(_Section):
 
 
 class QuantizeConfig(_Section):
-    """Number formats and how ranges are found."""
+    """Number formats, how ranges are found, and what the written file takes: see `models.config.InputName`."""
 
     backend: Literal["torchao"] = "torchao"
     weight_bits: Literal[8] = 8
@@ -76,6 +76,7 @@ class QuantizeConfig(_Section):
     observer: Literal["minmax", "mse", "histogram", "product"] = "histogram"
     ranges: Literal["observed", "learned"] = "observed"
     selection: Literal["dynamic", "static"] = "dynamic"
+    input: InputName = "float32"
 
 
 class FitConfig(TrainConfig):

@@ -15,7 +15,7 @@ from hadaptive_q.data.datasets import ImageData
 from hadaptive_q.errors import UserError
 from hadaptive_q.models.checkpoint import load_model
 from hadaptive_q.models.hadaptive_net import HadaptiveNet
-from hadaptive_q.pipeline import open_data_for, prepare
+from hadaptive_q.pipeline import on_file_inputs, open_data_for, prepare
 from hadaptive_q.quant.backends import torchao_pt2e as backend
 from hadaptive_q.quant.program import QuantizedProgram
 from hadaptive_q.recipe import Recipe, parse_recipe, read_yaml
@@ -28,7 +28,10 @@ FILES = ("recipe.yaml", "calibration.yaml", "float.safetensors", "float.json", "
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """What a run worked with: `model` has its selection frozen where the recipe says static."""
+    """What a run worked with: `model` has its selection frozen where the recipe says static.
+
+    `data` and `model` are those of the quantized program: without normalisation where the file takes bytes.
+    """
 
     folder: Path
     recipe: Recipe
@@ -40,7 +43,7 @@ class FinishedRun:
 
     def program(self) -> QuantizedProgram:
         """Return the quantized program, converted from a copy: `calibrated` stays as it is."""
-        return backend.convert(copy.deepcopy(self.calibrated), self.data.preprocess)
+        return backend.convert(copy.deepcopy(self.calibrated), self.data.preprocess, self.recipe.quantize.input)
 
 
 def open_run(folder: Path) -> FinishedRun:
@@ -54,6 +57,7 @@ def open_run(folder: Path) -> FinishedRun:
     model = load_model(folder / "float.safetensors")
     data = open_data_for(recipe, model)
     resolve(read_manifest(folder / "calibration.yaml"), data)  # raises where the data changed since
+    data, model = on_file_inputs(recipe, data, model)
     if recipe.quantize.selection == "static":
         _freeze(model, folder / "selection.json")
     deploy = deploy_graph(model, data.preprocess.image_size)

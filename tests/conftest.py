@@ -22,7 +22,9 @@ from hadaptive_q.data.sources import open_data
 from hadaptive_q.data.transforms import normalise
 from hadaptive_q.models.ach import DySoft
 from hadaptive_q.models.checkpoint import save_model
+from hadaptive_q.models.config import InputName
 from hadaptive_q.models.hadaptive_net import HadaptiveNet, create_model
+from hadaptive_q.models.pixels import take_pixels
 from hadaptive_q.pipeline import quantized_program
 from hadaptive_q.quant.backends import torchao_pt2e as backend
 from hadaptive_q.quant.plan import make_plan
@@ -168,6 +170,24 @@ def nano_traced(make_graph: Callable[..., GraphModule]) -> GraphModule:
 def nano_graph(make_graph: Callable[..., GraphModule]) -> GraphModule:
     """`nano` in deploy form; the test may change it."""
     return make_graph(deploy_graph)
+
+
+@pytest.fixture(scope="session")
+def make_byte_program(
+    make_nano: Callable[..., HadaptiveNet], few_digits: ImageData
+) -> Callable[[InputName], QuantizedProgram]:
+    """Return a function that gives the nano network as a calibrated program of input `name`, to be read only."""
+
+    @functools.cache
+    def made(name: InputName) -> QuantizedProgram:
+        model = take_pixels(make_nano("channel"), few_digits.preprocess)
+        images = torch.stack([few_digits.val[i][0] for i in range(32)])
+        graph = deploy_graph(model, IMAGE_SIZE)
+        prepared = backend.prepare(graph, make_plan(graph, QuantizeConfig(input=name)), "minmax")
+        preprocess = few_digits.preprocess.unnormalised
+        return backend.convert(backend.calibrate(prepared, [normalise(images, preprocess)]), preprocess, name)
+
+    return made
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,13 @@ LAYERS = [
 ]
 FENCES = {
     "torchao": {"quant/fake_quant.py", "quant/backends/torchao_pt2e.py"},
-    "executorch": {"lower/executorch.py", "lower/delegate.py", "lower/runtime.py", "lower/hardswish_int8.py"},
+    "executorch": {
+        "lower/executorch.py",
+        "lower/delegate.py",
+        "lower/runtime.py",
+        "lower/hardswish_int8.py",
+        "lower/uint8_input.py",
+    },
     "brevitas": {"quant/backends/brevitas.py"},
     "onnx": {"lower/onnx.py"},
     "onnxruntime": {"lower/onnx.py"},
@@ -115,6 +121,7 @@ def test_refused_habits(path: Path) -> None:
         ["recipes"],
         ["qat", "--recipe", "int9"],
         ["qat", "--to", "onxx"],
+        ["qat", "--input", "uint9"],
         ["qat", "--set", "fit.epoch=3"],
         ["qat", "--set", "fit.epochs=many"],
     ],

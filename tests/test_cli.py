@@ -115,6 +115,8 @@ MISTAKES = [
     (["qat", "--set", "fit.epoch=3"], ["fit.epoch", "'epochs'"]),
     (["qat", "--set", "fit.epochs=many"], ["fit.epochs", "'many'", "integer"]),
     (["qat", "--set", "quantize.selection=fixed"], ["quantize.selection", "'fixed'", "'dynamic'"]),
+    (["ptq", "--input", "uint8_nhwc"], ["--input uint8_nhwc", "float32, uint8, uint8_nchw", "'uint8_nchw'"]),
+    (["qat", "--set", "quantize.input=byte"], ["quantize.input", "'byte'", "'uint8'"]),
     (["qat", "--set", "nonsense"], ["nonsense", "key=value"]),
     (["qat", "--data", "digit"], ["--data", "'digit'", "'digits'"]),
     (["qat", "--data", "nowhere/at/all"], ["nowhere/at/all"]),
@@ -225,6 +227,32 @@ def test_folder_from_images_to_file(images: Path, tmp_path: Path) -> None:
     assert json.loads(done.stdout)["top1"] == report["accuracy"]["pte_top1"]
     done = run("eval", str(out / "float.safetensors"), "--data", str(images), "--json")
     assert json.loads(done.stdout)["top1"] == report["accuracy"]["float_top1"]
+
+
+def test_bytes_from_quantization_to_every_consumer(nano_ten: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    sized = ["--set", "image_size=32"]
+    done = run("ptq", "--checkpoint", str(nano_ten), "--input", "uint8", "--out", str(out), *sized)
+    assert done.returncode == 0, done.stderr
+    assert "input: uint8 (1, 32, 32, 3)" in done.stdout.splitlines()
+    report = json.loads((out / "report.json").read_text())
+    assert report["input"] == {"dtype": "uint8", "shape": [1, 32, 32, 3]}
+    assert report["parity"]["integer_identical"] == 1.0
+    assert "uint8 (1, 32, 32, 3)" in (out / "report.md").read_text()
+    done = run("eval", str(out / "model.pte"), "--json")
+    assert json.loads(done.stdout)["top1"] == report["accuracy"]["pte_top1"]
+    done = run("bench", str(out / "model.pte"), "--compare", str(out / "float.pte"), "--json")
+    assert [result["host_ms_median"] > 0 for result in json.loads(done.stdout)] == [True, True]
+    done = run("export", str(out), "--to", "pte", "--out", str(tmp_path / "again"))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "again" / "model.pte").read_bytes() == (out / "model.pte").read_bytes()
+    done = run("explain", str(out), "--samples", "4", "--json")
+    assert done.returncode == 0, done.stderr
+    (image,) = [
+        tensor for tensor in json.loads(done.stdout)["tensors"] if tensor["scale"] == float(np.float32(1 / 255))
+    ]
+    assert (image["zero_point"], image["clipped"]) == (-128, 0)
+    assert image["kind"] == "activation"
 
 
 @pytest.fixture

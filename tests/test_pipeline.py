@@ -13,12 +13,15 @@ from hadaptive_q.data.sources import open_data
 from hadaptive_q.errors import UserError
 from hadaptive_q.evaluate import evaluate_file
 from hadaptive_q.lower import file_formats
+from hadaptive_q.lower.file_input import FileInput
 from hadaptive_q.lower.parity import sqnr_db, top1
 from hadaptive_q.lower.runtime import PteFile
 from hadaptive_q.models.checkpoint import load_model, save_model
 from hadaptive_q.models.hadaptive_net import create_model
 from hadaptive_q.pipeline import quantize, train_float
+from hadaptive_q.quant.sites import find_sites
 from hadaptive_q.recipe import Recipe, load_recipe, parse_recipe, shipped
+from hadaptive_q.report.record import InputRecord
 from hadaptive_q.restore import open_run
 from hadaptive_q.train.loop import predict
 
@@ -176,6 +179,29 @@ def test_a_format_whose_packages_are_missing_is_refused_before_any_work(
     with pytest.raises(UserError, match="pip install"):
         evaluate_file(tmp_path / "model.onnx", "digits")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_to_files_that_take_bytes(trained: Path, tmp_path: Path) -> None:
+    recipe = small("int8_static", **{"quantize.input": "uint8_nchw"})
+    report = quantize(recipe, tmp_path, trained, to=("pte", "onnx"))
+    assert report.input == InputRecord(dtype="uint8", shape=[1, 3, 32, 32])
+    assert (report.coverage.delegates, report.coverage.portable_ops) == (1, [])
+    assert report.parity.integer_identical == 1.0
+    assert report.parity.frozen_sqnr_db is not None
+    assert report.parity.frozen_sqnr_db > 10, "trained, compared and measured on the images the file gets"
+    # The float file is the network as trained, on normalised images.
+    float_file = evaluate_file(tmp_path / "float.pte", "digits")
+    assert float_file["top1"] == pytest.approx(report.accuracy.float_top1, abs=0.3)  # one of 359 images
+    for name, top1_ in (("model.pte", report.accuracy.pte_top1), ("model.onnx", report.accuracy.onnx_top1)):
+        assert evaluate_file(tmp_path / name, "digits")["top1"] == top1_
+
+    run = open_run(tmp_path)
+    restored, _ = predict(run.program().graph, run.data.val, run.data.preprocess)
+    file = PteFile(tmp_path / "model.pte")
+    assert file.input == FileInput("uint8", (1, 3, 32, 32))
+    assert sqnr_db(restored, file.predict(run.data.val, run.data.preprocess)) == report.parity.sqnr_db
+    image = find_sites(run.calibrated.graph)[0].quantizer
+    assert (float(image.scale), int(image.zero_point)) == (float(torch.tensor(1 / 255)), -128), "trained, but not moved"
 
 
 def test_a_run_without_onnx_says_nothing_of_it(nano_run: Any) -> None:

@@ -17,15 +17,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from hadaptive_q.data.datasets import Split
+    from hadaptive_q.lower.file_input import FileInput
     from hadaptive_q.models.config import Preprocess
     from hadaptive_q.quant.program import QuantizedProgram
 
 
 class ModelFile(Protocol):
-    """A written file in its own runtime: float images `(1, 3, S, S)` -> logits `(1, classes)`."""
+    """A written file in its own runtime: an image, as `input` says -> logits `(1, classes)`."""
 
     @property
-    def input_shape(self) -> tuple[int, ...]: ...
+    def input(self) -> FileInput: ...
 
     def __call__(self, inputs: Tensor) -> Tensor: ...
 

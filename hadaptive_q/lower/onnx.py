@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from hadaptive_q.data.datasets import Split
-from hadaptive_q.data.transforms import normalise
 from hadaptive_q.errors import UserError
+from hadaptive_q.lower.file_input import FileInput
 from hadaptive_q.lower.quiet import quiet
 from hadaptive_q.models.config import Preprocess
 from hadaptive_q.quant.arithmetic import Grid
@@ -26,6 +26,7 @@ from hadaptive_q.rewrite.graph import calls, constant
 # Not 21: when onnxruntime (1.31) optimises, it adds QuantizeLinear with the attribute `output_dtype` of that opset, and
 # then, on x86, turns int8 into uint8 everywhere but in there; such a file does not load. INT4 weights will need 21.
 OPSET = 20
+_TYPES = {"tensor(float)": "float32", "tensor(uint8)": "uint8"}
 _FATAL = 4  # of onnxruntime's levels of logging, the highest
 _REFUSALS = (
     native.Fail,
@@ -38,7 +39,7 @@ _REFUSALS = (
 
 
 def to_onnx(program: QuantizedProgram) -> bytes:
-    """Return `program` as an ONNX file for inputs `images` `(batch, 3, S, S)` with `batch` free; output `logits`.
+    """Return `program` as an ONNX file for `images` as it takes them, any number of them; output `logits`.
 
     The same program gives the same bytes. Raises RuntimeError where the file's scales are not the program's.
     """
@@ -78,17 +79,19 @@ class Scales:
     """Every number a network is quantized with.
 
     `activations`: in the order of the data, the grid that makes the codes of a tensor and those that read them.
+    `images`: those that read an input of bytes.
     `weights`: codes (int8), scales (float32), zero points (int8), as bytes and sorted.
     """
 
     activations: tuple[tuple[Grid, frozenset[Grid]], ...]
+    images: frozenset[Grid]
     weights: tuple[tuple[bytes, bytes, bytes], ...]
 
 
 def check_scales(program: QuantizedProgram, model: Any) -> None:
     """Raise RuntimeError unless the ONNX `model` quantizes every tensor of `program` with the very same numbers."""
-    wanted, found = program_scales(program.graph), onnx_scales(model)
-    for part in ("activations", "weights"):
+    wanted, found = program_scales(program.shipped_graph()), onnx_scales(model)
+    for part in ("images", "activations", "weights"):
         if getattr(wanted, part) != getattr(found, part):
             raise RuntimeError(f"the ONNX graph does not quantize the {part} as the program does")
 
@@ -99,7 +102,9 @@ def program_scales(graph: GraphModule) -> Scales:
     quantizers = calls(graph, ops.quantize_per_tensor.default)
     activations = tuple((_grid(q), frozenset(_grid(reader) for reader in q.users)) for q in quantizers)
     weights = [_program_weight(graph, node) for node in calls(graph, ops.dequantize_per_channel.default)]
-    return Scales(activations, tuple(sorted(weights)))
+    (image,) = (node for node in graph.graph.nodes if node.op == "placeholder")
+    images = frozenset(_grid(reader) for reader in image.users if reader.target == ops.dequantize_per_tensor.default)
+    return Scales(activations, images, tuple(sorted(weights)))
 
 
 def _grid(node: Node) -> Grid:
@@ -129,7 +134,8 @@ def onnx_scales(model: Any) -> Scales:
 
     quantizers = [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
     dequantizers = [node for node in model.graph.node if node.op_type == "DequantizeLinear"]
-    readers: dict[str, set[Grid]] = {node.output[0]: set() for node in quantizers}
+    (image,) = model.graph.input
+    readers: dict[str, set[Grid]] = {name: set() for name in (image.name, *(node.output[0] for node in quantizers))}
     weights = []
     for node in dequantizers:
         if node.input[0] in values:
@@ -138,11 +144,11 @@ def onnx_scales(model: Any) -> Scales:
         else:
             readers[node.input[0]].add(grid(node))
     activations = tuple((grid(node), frozenset(readers[node.output[0]])) for node in quantizers)
-    return Scales(activations, tuple(sorted(weights)))
+    return Scales(activations, frozenset(readers[image.name]), tuple(sorted(weights)))
 
 
 class OnnxFile:
-    """A loaded ONNX file that takes images `(B, 3, S, S)` and returns logits `(B, classes)`, on this CPU.
+    """A loaded ONNX file that takes images, as `input` says, and returns logits `(B, classes)`, on this CPU.
 
     Raises UserError where onnxruntime refuses the file or it takes something else.
     """
@@ -158,26 +164,34 @@ class OnnxFile:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except _REFUSALS as error:
             raise UserError(f"file {path}", f"'{error}'", "an .onnx that onnxruntime loads") from error
-        self._input, self.input_shape = self._images()
+        self._name, self.input = self._images()
 
-    def _images(self) -> tuple[str, tuple[int, ...]]:
-        """Return the name and the shape of the one input, a free batch dimension as 1."""
+    def _images(self) -> tuple[str, FileInput]:
+        """Return the name of the one input and what it takes, a free batch dimension as 1."""
         inputs = self._session.get_inputs()
         for given in inputs if len(inputs) == len(self._session.get_outputs()) == 1 else []:
-            match given.shape, given.type:
-                case [batch, 3, int(height), int(width)], "tensor(float)":
-                    return given.name, (batch if isinstance(batch, int) else 1, 3, height, width)
+            match given.type, given.shape:
+                case ("tensor(float)", [batch, 3, int(), int()]) | (
+                    "tensor(uint8)",
+                    [batch, 3, int(), int()] | [batch, int(), int(), 3],
+                ):
+                    sizes = (batch if isinstance(batch, int) else 1, *given.shape[1:])
+                    return given.name, FileInput(_TYPES[given.type], sizes)
         found = ", ".join(f"{given.name} {given.type} {given.shape}" for given in inputs)
-        raise UserError(f"file {self.path}", f"inputs {found}", "float images (batch, 3, S, S) alone, and one output")
+        raise UserError(
+            f"file {self.path}",
+            f"inputs {found}",
+            "images (batch, 3, S, S), or uint8 also with channels last, alone, and one output",
+        )
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        """Run float inputs `(B, 3, S, S)`; any B where the file leaves it free."""
+        """Run inputs of the file's type; any B where the file leaves it free."""
         try:
-            (out,) = self._session.run(None, {self._input: inputs.contiguous().numpy()})
+            (out,) = self._session.run(None, {self._name: inputs.contiguous().numpy()})
         except _REFUSALS as error:
-            raise UserError(f"file {self.path}", f"'{error}'", f"an input of shape {self.input_shape}") from error
+            raise UserError(f"file {self.path}", f"'{error}'", f"an input {self.input}") from error
         return torch.from_numpy(out)
 
     def predict(self, split: Split, preprocess: Preprocess) -> Tensor:
         """Return logits `(N, classes)` over a whole split, one image at a time, as a phone would."""
-        return torch.cat([self(normalise(split[i][0][None], preprocess)) for i in range(len(split))])
+        return torch.cat([self(self.input.of(split[i][0][None], preprocess)) for i in range(len(split))])

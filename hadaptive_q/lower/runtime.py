@@ -16,13 +16,16 @@ import torch
 from torch import Tensor
 
 from hadaptive_q.data.datasets import Split
-from hadaptive_q.data.transforms import normalise
 from hadaptive_q.errors import UserError
+from hadaptive_q.lower.file_input import FileInput
 from hadaptive_q.models.config import Preprocess
+
+# In the runtime's numbering, which is torch's.
+_TYPES = {0: "uint8", 6: "float32"}
 
 
 class PteFile:
-    """A loaded `.pte` that takes one image `(1, 3, S, S)` and returns logits `(1, classes)`.
+    """A loaded `.pte` that takes one image, as `input` says, and returns logits `(1, classes)`.
 
     Raises UserError where the runtime refuses the file.
     """
@@ -47,29 +50,28 @@ class PteFile:
         self._program, self._method = program, method
 
     @property
-    def input_shape(self) -> tuple[int, ...]:
-        """The sizes of the input the file was written for."""
-        return tuple(self._method.metadata.input_tensor_meta(0).sizes())
+    def input(self) -> FileInput:
+        """The type and the sizes of the input the file was written for."""
+        meta = self._method.metadata.input_tensor_meta(0)
+        return FileInput(_TYPES.get(int(meta.dtype()), f"type {int(meta.dtype())}"), tuple(meta.sizes()))
 
     def example(self) -> Tensor:
         """Return an input of the right shape and type, pseudo-random and always the same."""
-        meta = self._method.metadata.input_tensor_meta(0)
-        values = torch.rand(tuple(meta.sizes()), generator=torch.Generator().manual_seed(0))
-        # ScalarType 0 is uint8, 6 float32 in the runtime's numbering, which is torch's.
-        return (values * 255).to(torch.uint8) if int(meta.dtype()) == 0 else values * 2 - 1
+        values = torch.rand(self.input.shape, generator=torch.Generator().manual_seed(0))
+        return (values * 255).to(torch.uint8) if self.input.dtype == "uint8" else values * 2 - 1
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        """Run contiguous float inputs `(1, 3, S, S)`; the result is a copy that later calls leave alone."""
+        """Run one input of the file's type and shape; the result is a copy that later calls leave alone."""
         try:
             (out,) = self._method.execute([inputs.contiguous(memory_format=torch.contiguous_format)])
         except RuntimeError as error:
-            raise UserError(f"file {self.path}", f"'{error}'", f"an input of shape {self.input_shape}") from error
+            raise UserError(f"file {self.path}", f"'{error}'", f"an input {self.input}") from error
         result: Tensor = out.clone()
         return result
 
     def predict(self, split: Split, preprocess: Preprocess) -> Tensor:
         """Return logits `(N, classes)` over a whole split, one image at a time, as a phone would."""
-        return torch.cat([self(normalise(split[i][0][None], preprocess)) for i in range(len(split))])
+        return torch.cat([self(self.input.of(split[i][0][None], preprocess)) for i in range(len(split))])
 
 
 @contextmanager

@@ -6,12 +6,15 @@ Products"). Kept free of torch, so that recipes and ``--help`` can name models w
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator
 
 Norm = Literal["dysoft", "batch_norm"]
 SlotOrder = Literal["rank", "channel"]
+# What a file takes: normalised images NCHW, or the bytes of an image, NHWC or NCHW.
+InputName = Literal["float32", "uint8", "uint8_nchw"]
+INPUTS: tuple[InputName, ...] = get_args(InputName)
 
 
 class _Frozen(BaseModel):
@@ -164,3 +167,8 @@ class Preprocess(_Frozen):
     mean: tuple[float, float, float]
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat]
     classes: tuple[str, ...]
+
+    @property
+    def unnormalised(self) -> Preprocess:
+        """The same images as ``x = pixel / 255``."""
+        return self.model_copy(update={"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)})

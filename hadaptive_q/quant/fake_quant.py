@@ -53,7 +53,8 @@ class ActivationFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
     Formula: ``y = (clamp(round(x / s) + z, low, high) - z) * s``; `s` float32 `(1,)`, `z` int32 `(1,)`.
     Phases: `observe` (values pass and are watched), then quantizing with ranges that are fixed, that follow
     a moving average of the batch (`follow`), or whose scale is learned (`learn`; the zero point stays).
-    `symmetric` keeps the zero point at 0: the larger end decides the scale.
+    `symmetric` keeps the zero point at 0: the larger end decides the scale. `known`, a range given from the start, is
+    kept in every phase.
     """
 
     scale: Tensor
@@ -69,11 +70,13 @@ class ActivationFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
         quant_max: int = 127,
         floor: float = -math.inf,
         symmetric: bool = False,
+        known: tuple[float, float] | None = None,
         **_: Any,
     ) -> None:
         super().__init__()
         self.quant_min, self.quant_max = quant_min, quant_max
         self.symmetric = symmetric
+        self.known = known
         self.observer = RangeObserver(observer, quant_max - quant_min + 1, floor)
         self.scale = nn.Parameter(torch.ones(1), requires_grad=False)
         self.register_buffer("zero_point", torch.zeros(1, dtype=torch.int32))
@@ -92,7 +95,8 @@ class ActivationFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
 
     def fix(self) -> None:
         """End observation: compute the scale and quantize from now on."""
-        self.set_range(*self.observer.range())
+        low, high = (self.low.new_tensor(end) for end in self.known) if self.known else self.observer.range()
+        self.set_range(low, high)
 
     def set_range(self, low: Tensor, high: Tensor) -> None:
         """Quantize from now on with codes for the interval from `low` to `high`, scalars around 0."""
@@ -103,14 +107,14 @@ class ActivationFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
 
     def learn(self, active: bool) -> None:
         """Let the optimizer move the scale, or stop it."""
-        self.scale.requires_grad_(active)
+        self.scale.requires_grad_(active and not self.known)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.observer_enabled[0]:
             self.observer.watch(x)
         if not self.fake_quant_enabled[0]:
             return x
-        if self.follow and torch.is_grad_enabled():
+        if self.follow and not self.known and torch.is_grad_enabled():
             self._follow(x)
         # The optimizer may have stepped below the smallest scale; what is used is what would be written.
         scale = self.scale.clamp_min(SMALLEST_SCALE)
@@ -181,10 +185,18 @@ class PerChannelWeightFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
         self.zero_point = torch.zeros_like(scale, dtype=torch.int32)
 
 
-def activation_constructor(form: ActivationFormat, observer: RangeName, floor: float = -math.inf) -> Any:
-    """Return the constructor torchao calls for a quantized tensor whose values below `floor` are all alike."""
+def activation_constructor(
+    form: ActivationFormat,
+    observer: RangeName,
+    floor: float = -math.inf,
+    known: tuple[float, float] | None = None,
+) -> Any:
+    """Return the constructor torchao calls for a quantized tensor.
+
+    Its values below `floor` are all alike; its range is `known` where that is given.
+    """
     low, high = form.code_range
-    return ActivationFakeQuantize.with_args(observer=observer, quant_min=low, quant_max=high, floor=floor)
+    return ActivationFakeQuantize.with_args(observer=observer, quant_min=low, quant_max=high, floor=floor, known=known)
 
 
 def weight_constructor(form: WeightFormat) -> Any:

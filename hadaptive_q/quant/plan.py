@@ -14,6 +14,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from hadaptive_q.quant.formats import ActivationFormat, WeightFormat
+from hadaptive_q.quant.image_grid import PIXEL_RANGE, rearranged
 from hadaptive_q.recipe import QuantizeConfig
 from hadaptive_q.rewrite.graph import ACTIVATIONS, aten, constant
 
@@ -28,6 +29,7 @@ HARDSWISH_FLOOR = -3.0
 class Plan:
     """Formats by node name. `shared` maps a tensor to the one whose scale it uses.
 
+    `ranges` are those known before any image is seen: never calibrated, never learned.
     `floors` are values below which nobody tells a tensor's values apart: its codes need not reach further down.
     """
 
@@ -35,6 +37,7 @@ class Plan:
     weights: dict[str, WeightFormat] = field(default_factory=dict)
     shared: dict[str, str] = field(default_factory=dict)
     floors: dict[str, float] = field(default_factory=dict)
+    ranges: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
 def make_plan(graph: GraphModule, config: QuantizeConfig) -> Plan:
@@ -61,6 +64,10 @@ def make_plan(graph: GraphModule, config: QuantizeConfig) -> Plan:
     for node in graph.graph.nodes:
         if node.name in owners and node.users and all(user.target in ACTIVATIONS for user in node.users):
             plan.floors[node.name] = HARDSWISH_FLOOR
+    if config.input != "float32":
+        image = next(node for node in graph.graph.nodes if node.op == "placeholder")
+        forms = [node.name for node in rearranged(image) if node.name in plan.activations]
+        plan.ranges.update({name: PIXEL_RANGE for name in forms if name not in plan.shared})
     return plan
 
 

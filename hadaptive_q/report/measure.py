@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from hadaptive_q.lower.file_formats import ModelFile
 from hadaptive_q.lower.latency import latencies
 from hadaptive_q.lower.parity import sqnr_db
 from hadaptive_q.models.ach import ACH
+from hadaptive_q.models.config import Preprocess
 from hadaptive_q.models.cross_hadamard import CrossHadamard
 from hadaptive_q.models.hadaptive_net import HadaptiveNet
 from hadaptive_q.quant.program import QuantizedProgram
@@ -118,11 +120,10 @@ def train_eval_overlap(model: HadaptiveNet, inputs: Tensor) -> dict[str, float]:
     return overlaps
 
 
-def measure_latency(
-    quantized: Callable[[Tensor], Tensor], reference: Callable[[Tensor], Tensor], image: Tensor
-) -> Latency:
-    """Time both files side by side on one image."""
-    (median, spread), (float_median, float_spread) = latencies([quantized, reference], [image, image])
+def measure_latency(quantized: ModelFile, reference: ModelFile, image: Tensor, preprocess: Preprocess) -> Latency:
+    """Time both files side by side on one uint8 image `(1, 3, S, S)`."""
+    files = [quantized, reference]
+    (median, spread), (float_median, float_spread) = latencies(files, [f.input.of(image, preprocess) for f in files])
     return Latency(
         host_ms_median=median,
         host_ms_spread=spread,

@@ -87,6 +87,13 @@ class CoverageRecord(Part):
     layers: list[LayerBytesRecord] = []
 
 
+class InputRecord(Part):
+    """What the written file takes: `dtype` float32 or uint8, `shape` of one image in the file's layout."""
+
+    dtype: str
+    shape: list[int]
+
+
 class AchRecord(Part):
     """One ACH over a part of the validation split: `flip_rate` is the share of chosen channels that float did not
     choose, `rank_flip_rate` the share of slots that hold another channel."""
@@ -138,6 +145,7 @@ class Report(Part):
     size: Size
     parity: ParityRecord
     coverage: CoverageRecord
+    input: InputRecord | None = None
     ach: list[AchRecord]
     layers: list[LayerRecord]
     latency: Latency

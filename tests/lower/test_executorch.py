@@ -9,6 +9,7 @@ import torch
 
 from hadaptive_q.errors import UserError
 from hadaptive_q.lower.executorch import lower
+from hadaptive_q.lower.file_input import FileInput
 from hadaptive_q.lower.parity import agreement
 from hadaptive_q.lower.runtime import PteFile
 from hadaptive_q.models.hadaptive_net import create_model
@@ -36,7 +37,7 @@ def float_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[torch.nn.Modul
 def test_float_file_answers_like_the_model(float_file: tuple[torch.nn.Module, Path]) -> None:
     model, path = float_file
     file = PteFile(path)
-    assert file.input_shape == (1, 3, 32, 32)
+    assert file.input == FileInput("float32", (1, 3, 32, 32))
     inputs = torch.randn(8, 3, 32, 32)
     with torch.no_grad():
         wanted = model(inputs)
@@ -66,7 +67,7 @@ def test_channels_last_example_does_not_reach_the_file(
 
 
 def test_wrong_input_is_named(float_file: tuple[torch.nn.Module, Path]) -> None:
-    with pytest.raises(UserError, match=r"input of shape \(1, 3, 32, 32\)"):
+    with pytest.raises(UserError, match=r"input float32 \(1, 3, 32, 32\)"):
         PteFile(float_file[1])(torch.zeros(1, 3, 16, 16))
 
 

@@ -15,9 +15,12 @@ from onnx import TensorProto, helper
 from torch import Tensor
 
 from hadaptive_q.data.datasets import ImageData
+from hadaptive_q.data.transforms import normalise
 from hadaptive_q.errors import UserError
+from hadaptive_q.lower.file_input import FileInput
 from hadaptive_q.lower.onnx import OnnxFile, check_scales, onnx_scales, program_scales, to_onnx
 from hadaptive_q.lower.parity import compare, output_scale
+from hadaptive_q.models.config import InputName
 from hadaptive_q.models.hadaptive_net import HadaptiveNet
 from hadaptive_q.quant.backends import torchao_pt2e as backend
 from hadaptive_q.quant.plan import make_plan
@@ -61,7 +64,7 @@ def written(
 
 def test_file_answers_like_the_program(written: Written, inputs: Tensor) -> None:
     file = OnnxFile(written.path)
-    assert file.input_shape == (1, 3, SIZE, SIZE)
+    assert file.input == FileInput("float32", (1, 3, SIZE, SIZE))
     wanted = torch.cat([written.program(image[None]) for image in inputs])
     found = torch.cat([file(image[None]) for image in inputs])
     assert len(wanted.unique()) > 50
@@ -147,7 +150,7 @@ def test_missing_file(tmp_path: Path) -> None:
 
 
 def test_wrong_image_size_is_named(written: Written) -> None:
-    with pytest.raises(UserError, match=r"input of shape \(1, 3, 32, 32\)"):
+    with pytest.raises(UserError, match=r"input float32 \(1, 3, 32, 32\)"):
         OnnxFile(written.path)(torch.zeros(1, 3, 16, 16))
 
 
@@ -156,11 +159,11 @@ def test_wrong_image_size_is_named(written: Written) -> None:
     [
         (["n", 3, "h", "w"], TensorProto.FLOAT, 1),
         ([1, 1, 32, 32], TensorProto.FLOAT, 1),
-        ([1, 3, 32, 32], TensorProto.UINT8, 1),
+        ([1, 3, 32, 32], TensorProto.INT8, 1),
         ([1, 64], TensorProto.FLOAT, 1),
         ([1, 3, 32, 32], TensorProto.FLOAT, 2),
     ],
-    ids=["free size", "grey", "bytes", "no images", "two inputs"],
+    ids=["free size", "grey", "signed bytes", "no images", "two inputs"],
 )
 def test_foreign_networks_are_refused(shape: list[int | str], kind: int, count: int, tmp_path: Path) -> None:
     names = [f"x{index}" for index in range(count)]
@@ -170,5 +173,29 @@ def test_foreign_networks_are_refused(shape: list[int | str], kind: int, count: 
     graph = helper.make_graph([helper.make_node("Identity", [last], ["y"])], "foreign", inputs, [output])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     (tmp_path / "foreign.onnx").write_bytes(model.SerializeToString())
-    with pytest.raises(UserError, match=r"foreign\.onnx.*x0.*expected float images"):
+    with pytest.raises(UserError, match=r"foreign\.onnx.*x0.*expected images"):
         OnnxFile(tmp_path / "foreign.onnx")
+
+
+@pytest.mark.parametrize(("name", "sizes"), [("uint8", (SIZE, SIZE, 3)), ("uint8_nchw", (3, SIZE, SIZE))])
+def test_a_program_of_bytes(
+    name: InputName,
+    sizes: tuple[int, ...],
+    make_byte_program: Callable[..., QuantizedProgram],
+    few_digits: ImageData,
+    tmp_path: Path,
+) -> None:
+    program = make_byte_program(name)
+    data = to_onnx(program)
+    (grid,) = onnx_scales(onnx.load_from_string(data)).images
+    assert (grid.scale, grid.zero_point) == (float(torch.tensor(1 / 255)), 0)
+    (tmp_path / "model.onnx").write_bytes(data)
+    file = OnnxFile(tmp_path / "model.onnx")
+    assert file.input == FileInput("uint8", (1, *sizes))
+    images = torch.stack([few_digits.val[i][0] for i in range(32)])
+    found = file(file.input.of(images, program.preprocess))
+    wanted = program(normalise(images, program.preprocess))
+    parity = compare(wanted, found, output_scale(program.graph))
+    assert parity.max_codes <= 3  # as for floats, above
+    assert parity.changed_fraction <= 0.05
+    assert parity.top1_agreement == 1

@@ -71,6 +71,16 @@ def test_pages_hold_the_figures(report: record.Report, tmp_path: Path) -> None:
     assert "conv_11" not in page.split("ten weakest")[1]
 
 
+def test_pages_say_what_the_file_takes(report: record.Report, tmp_path: Path) -> None:
+    assert report.input is None, "reports from before it was recorded"
+    taken = record.InputRecord(dtype="uint8", shape=[1, 64, 64, 3])
+    write_report_pages(report.model_copy(update={"input": taken}), tmp_path)
+    for name in ("report.md", "report.html"):
+        page = (tmp_path / name).read_text()
+        assert "uint8 (1, 64, 64, 3)" in page
+        assert "normalised inside" in page
+
+
 def test_record_survives_a_round_trip(report: record.Report, tmp_path: Path) -> None:
     report.write(tmp_path / "report.json")
     again = record.Report.model_validate_json((tmp_path / "report.json").read_text())

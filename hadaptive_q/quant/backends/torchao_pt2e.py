@@ -27,7 +27,7 @@ from torchao.quantization.pt2e.quantizer import (
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
 from hadaptive_q.errors import UserError
-from hadaptive_q.models.config import Preprocess
+from hadaptive_q.models.config import InputName, Preprocess
 from hadaptive_q.quant.fake_quant import (
     ActivationFakeQuantize,
     PerChannelWeightFakeQuantize,
@@ -99,10 +99,10 @@ class PlanQuantizer(Quantizer):  # type: ignore[misc]
 
     def _activation(self, name: str, form: ActivationFormat) -> QuantizationSpec:
         low, high = form.code_range
-        floor = self.plan.floors.get(name, -math.inf)
+        floor, known = self.plan.floors.get(name, -math.inf), self.plan.ranges.get(name)
         return QuantizationSpec(
             dtype=torch.int8,
-            observer_or_fake_quant_ctr=activation_constructor(form, self.observer, floor),
+            observer_or_fake_quant_ctr=activation_constructor(form, self.observer, floor, known),
             quant_min=low,
             quant_max=high,
             qscheme=torch.per_tensor_affine,
@@ -266,8 +266,11 @@ def snap_biases(graph: GraphModule) -> None:
         bias.copy_((bias.double() / step).round() * step)
 
 
-def convert(calibrated: Calibrated, preprocess: Preprocess) -> QuantizedProgram:
-    """Replace the fake-quantizers by quantize/dequantize operators with their scales; weights become codes."""
+def convert(calibrated: Calibrated, preprocess: Preprocess, input_: InputName = "float32") -> QuantizedProgram:
+    """Replace the fake-quantizers by quantize/dequantize operators with their scales; weights become codes.
+
+    `input_` is what the program will take where it is exported, and what it was planned for.
+    """
     graph = calibrated.graph
     for module in graph.modules():
         if isinstance(module, PerChannelWeightFakeQuantize):
@@ -278,7 +281,7 @@ def convert(calibrated: Calibrated, preprocess: Preprocess) -> QuantizedProgram:
     converted = convert_pt2e(graph)
     drop_no_ops(converted)
     split_dequantize(converted)
-    return QuantizedProgram(converted, calibrated.plan, preprocess)
+    return QuantizedProgram(converted, calibrated.plan, preprocess, input_)
 
 
 def activation_quantizers(graph: GraphModule) -> Iterator[ActivationFakeQuantize]:
