@@ -117,12 +117,12 @@ def read_results(name: str) -> list[Row]:
     return rows
 
 
-def write_section(name: str, table: Callable[[list[Row]], str]) -> None:
-    """Write the table of results/NAME.json between its marks in the README."""
+def write_section(name: str, table: Callable[[list[Row]], str], page: Path = README) -> None:
+    """Write the table of results/NAME.json between its marks in `page`."""
     rows = read_results(name)
     start, end = f"<!-- results:{name} -->", f"<!-- /results:{name} -->"
-    before, rest = README.read_text().split(start)
-    write_text(README, f"{before}{start}\n{table(rows)}\n{end}{rest.split(end)[1]}")
+    before, rest = page.read_text().split(start)
+    write_text(page, f"{before}{start}\n{table(rows)}\n{end}{rest.split(end)[1]}")
 
 
 def markdown(columns: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
