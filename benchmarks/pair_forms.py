@@ -29,6 +29,7 @@ from executorch.backends.xnnpack.partition.config.xnnpack_config import ConfigPr
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.exir import to_edge_transform_and_lower
 from pair_sqnr import product_sqnr_db
+from rows import ROOT, markdown, write_table
 from torch import Tensor, nn
 
 from hadaptive_q.arm.operators import count_operators
@@ -41,6 +42,7 @@ from hadaptive_q.rewrite.pair_costs import TABLE
 from hadaptive_q.rewrite.split_dequantize import split_dequantize
 
 MODELS, IMAGE_SIZE, CORES = ("hadaptive_net_s", "hadaptive_net_m", "hadaptive_net_l"), 224, ("cortex-a76", "cortex-a53")
+PAGE = ROOT / "docs" / "lowering.md"
 # Scales of standard normals: operands, products, DySoft's output with its shift. They change no count.
 OPERAND, PRODUCT, NORMED = 8 / 255, 24 / 255, 2 / 127
 
@@ -191,7 +193,11 @@ def blocks() -> dict[tuple[int, int, int, int], list[str]]:
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--render", action="store_true", help="only write the page's table from the figures kept")
+    if parser.parse_args().render:
+        write_table("pair_forms", _table(json.loads(TABLE.read_text())["blocks"]), PAGE)
+        return
     measured: dict[tuple[int, int, int], dict[str, dict[str, int]]] = {}
     table = []
     for (channels, cs, height, width), models in blocks().items():
@@ -205,6 +211,18 @@ def main() -> None:
     sqnr = {name: round(value, 1) for name, value in product_sqnr_db().items()}
     kept = {"made_by": "python benchmarks/pair_forms.py", "sqnr_db": sqnr, "blocks": table}
     write_text(TABLE, json.dumps(kept, indent=1) + "\n")
+    write_table("pair_forms", _table(table), PAGE)
+
+
+def _table(blocks: list[dict[str, Any]]) -> str:
+    columns = ("models", "Cs", "pixels", "core", *NAMES)
+    lines = []
+    for block in blocks:
+        models = ", ".join(name.removeprefix("hadaptive_net_").upper() for name in block["models"])
+        for core in CORES:
+            counts = (f"{block['instructions'][name][core]:,}" for name in NAMES)
+            lines.append((models, str(block["cs"]), f"{block['height']} x {block['width']}", core, *counts))
+    return markdown(columns, lines)
 
 
 if __name__ == "__main__":
