@@ -1,75 +1,91 @@
-"""Instructions per inference of our files beside the stock tools', on one emulated core, in one run.
+"""Cost of our files beside the stock tools': instructions on an emulated core, latency on this host, in one run.
 
-    python benchmarks/instructions.py --model hadaptive_net_s --core cortex-a76
+    python benchmarks/instructions.py --model hadaptive_net_s --model hadaptive_net_m --model hadaptive_net_l
 
-Random weights and inputs: the count does not depend on them. Per-sample selection, batch 1, one thread.
+Random weights and inputs: the count does not depend on them. Per-sample selection, batch 1; one thread where
+instructions are counted, the runtime's own choice on the host, where all files run in alternation. Rows replace those
+of the same model and file in benchmarks/results/instructions.json, from which the table in README.md is made.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
-import torch
-from stock import stock_float, stock_int8
+from files import FORMS, make_file, random_model
+from rows import Row, markdown, read_results, write_results, write_section
 
-from hadaptive_q.arm.count import count_instructions
-from hadaptive_q.lower.executorch import lower
-from hadaptive_q.models.config import VARIANTS, Preprocess
-from hadaptive_q.models.hadaptive_net import HadaptiveNet, create_model
-from hadaptive_q.quant.backends import torchao_pt2e as backend
-from hadaptive_q.quant.plan import make_plan
-from hadaptive_q.quant.program import export_graph
-from hadaptive_q.recipe import QuantizeConfig
-from hadaptive_q.rewrite.deploy import deploy_graph
-from hadaptive_q.rewrite.drop_no_ops import drop_no_ops
+from hadaptive_q.arm.cores import CORES
+from hadaptive_q.bench import bench_files
+from hadaptive_q.models.config import VARIANTS
 
-CLASSES, BATCH = 100, 4
+COLUMNS = ("model", "file", "bytes", "instructions", "of stock int8", "this host", "of stock int8")
+BASE = "stock int8"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="hadaptive_net_s", choices=VARIANTS)
-    parser.add_argument("--core", action="append", default=[])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", action="append", default=[], choices=VARIANTS)
+    parser.add_argument("--core", action="append", default=[], choices=CORES)
     parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--render", action="store_true", help="only write the README table from the results")
     arguments = parser.parse_args()
-    torch.manual_seed(0)
-    model = create_model(arguments.model, CLASSES)
-    inputs = torch.randn(BATCH, 3, arguments.image_size, arguments.image_size)
-    with torch.no_grad():
-        model.train()(inputs)  # running statistics that belong to the weights
-    forms: dict[str, Callable[[], bytes]] = {
-        "stock float": lambda: stock_float(model, arguments.image_size),
-        "float": lambda: _float(model, arguments.image_size),
-        "stock int8": lambda: stock_int8(model, [inputs], arguments.image_size)[1],
-        "int8": lambda: _int8(model, inputs),
-    }
-    print("| file | bytes | core | instructions |")
-    print("| --- | --- | --- | --- |")
+    if not arguments.render:
+        models = arguments.model or ["hadaptive_net_s"]
+        _keep(_measure(models, arguments.core or ["cortex-a76"], arguments.image_size))
+    write_section("instructions", _table)
+
+
+def _measure(models: list[str], cores: list[str], image_size: int) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
-        for name, make in forms.items():
-            path = Path(folder) / "file.pte"
-            path.write_bytes(make())
-            for core in arguments.core or ["cortex-a76"]:
-                total = count_instructions(path, core).total
-                print(f"| {name} | {path.stat().st_size:,} | {core} | {total:,} |", flush=True)
+        paths: dict[tuple[str, str], Path] = {}
+        for name in models:
+            model, inputs = random_model(name, image_size)
+            for form in FORMS:
+                path = Path(folder) / f"{name}-{form.replace(' ', '-')}.pte"
+                path.write_bytes(make_file(form, model, inputs))
+                paths[name, form] = path
+        results = bench_files(list(paths.values()), cores)
+    return [
+        {
+            "model": name,
+            "form": form,
+            "image_size": image_size,
+            "bytes": result["bytes"],
+            "instructions": {core: cost["instructions"] for core, cost in result["arm"].items()},
+            "host_ms_median": round(result["host_ms_median"], 4),
+            "host_ms_spread": round(result["host_ms_spread"], 4),
+        }
+        for (name, form), result in zip(paths, results, strict=True)
+    ]
 
 
-def _float(model: HadaptiveNet, image_size: int) -> bytes:
-    graph = deploy_graph(model, image_size)
-    drop_no_ops(graph)
-    return lower(export_graph(graph, image_size)).data
+def _keep(rows: list[Row]) -> None:
+    kept = {_identity(row): row for row in [*read_results("instructions"), *rows]}
+    write_results("instructions", sorted(kept.values(), key=_identity))
 
 
-def _int8(model: HadaptiveNet, inputs: torch.Tensor) -> bytes:
-    size = inputs.shape[-1]
-    graph = deploy_graph(model, size)
-    prepared = backend.prepare(graph, make_plan(graph, QuantizeConfig()), "minmax")
-    classes = tuple(str(label) for label in range(CLASSES))
-    preprocess = Preprocess(image_size=size, mean=(0.5,) * 3, std=(0.5,) * 3, classes=classes)
-    return lower(backend.convert(backend.calibrate(prepared, [inputs]), preprocess).export()).data
+def _identity(row: Row) -> tuple[int, int, int]:
+    return list(VARIANTS).index(row["model"]), row["image_size"], FORMS.index(row["form"])
+
+
+def _table(rows: list[Row]) -> str:
+    bases = {(row["model"], row["image_size"]): row for row in rows if row["form"] == BASE}
+    return markdown(COLUMNS, [_line(row, bases[row["model"], row["image_size"]]) for row in rows])
+
+
+def _line(row: Row, base: Row) -> tuple[str, ...]:
+    counts = {core: (count, base["instructions"].get(core)) for core, count in row["instructions"].items()}
+    return (
+        f"{row['model'].removeprefix('hadaptive_net_').upper()} at {row['image_size']}",
+        row["form"],
+        f"{row['bytes']:,}",
+        ", ".join(f"{count:,} ({core})" for core, (count, _) in counts.items()),
+        ", ".join(f"{count / other:.3f}" for count, other in counts.values() if other),
+        f"{row['host_ms_median']:.2f} ms ± {row['host_ms_spread']:.2f}",
+        f"{row['host_ms_median'] / base['host_ms_median']:.3f}",
+    )
 
 
 if __name__ == "__main__":

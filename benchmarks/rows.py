@@ -117,12 +117,16 @@ def read_results(name: str) -> list[Row]:
     return rows
 
 
-def write_section(name: str, table: Callable[[list[Row]], str]) -> None:
-    """Write the table of results/NAME.json between its marks in the README."""
-    rows = read_results(name)
+def write_section(name: str, table: Callable[[list[Row]], str], page: Path = README) -> None:
+    """Write the table of results/NAME.json between its marks in `page`."""
+    write_table(name, table(read_results(name)), page)
+
+
+def write_table(name: str, table: str, page: Path) -> None:
+    """Write `table` between the marks of NAME in `page`."""
     start, end = f"<!-- results:{name} -->", f"<!-- /results:{name} -->"
-    before, rest = README.read_text().split(start)
-    write_text(README, f"{before}{start}\n{table(rows)}\n{end}{rest.split(end)[1]}")
+    before, rest = page.read_text().split(start)
+    write_text(page, f"{before}{start}\n{table}\n{end}{rest.split(end)[1]}")
 
 
 def markdown(columns: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:

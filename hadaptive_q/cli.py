@@ -180,29 +180,32 @@ def bench(
 ) -> None:
     """Measure latency on this host and instructions per inference on emulated ARM64 cores."""
     from hadaptive_q.arm.cores import find_core
-    from hadaptive_q.bench import bench_files
+    from hadaptive_q.bench import bench_files, ratios
 
     for name in core or []:
         find_core(name)
     results = bench_files([*files, *([compare] if compare else [])], core or [], operators)
-    base = results[-1] if compare else None
+    if compare:
+        for result in results:
+            result["of_compared"] = ratios(result, results[-1])
     if as_json:
         typer.echo(json.dumps(results))
         return
     for result in results:
-        typer.echo(f"{result['file']}: {result['bytes']:,} bytes{_ratio(result, base, 'bytes')}")
+        shares = result.get("of_compared", {"arm": {}})
+        typer.echo(f"{result['file']}: {result['bytes']:,} bytes{_share(shares.get('bytes'))}")
         host = f"{result['host_ms_median']:.3f} ms, spread {result['host_ms_spread']:.3f}"
-        typer.echo(f"  this host: {host}{_ratio(result, base, 'host_ms_median')}")
+        typer.echo(f"  this host: {host}{_share(shares.get('host_ms_median'))}")
         for name, cost in result["arm"].items():
-            ratio = _ratio(cost, base["arm"][name] if base else None, "instructions")
+            ratio = _share(shares["arm"].get(name))
             classes = ", ".join(f"{kind} {count:,}" for kind, count in cost["by_class"].items())
             typer.echo(f"  {name}: {cost['instructions']:,} instructions{ratio} ({classes})")
             for operator, count in cost.get("operators", {}).items():
                 typer.echo(f"    {count:>12,}  {operator}")
 
 
-def _ratio(result: dict[str, Any], base: dict[str, Any] | None, key: str) -> str:
-    return f", {result[key] / base[key]:.3f} of the compared file" if base else ""
+def _share(share: float | None) -> str:
+    return "" if share is None else f", {share:.3f} of the compared file"
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from hadaptive_q.arm.build import missing
-from hadaptive_q.bench import bench_files
+from hadaptive_q.bench import bench_files, ratios
 from hadaptive_q.errors import UserError
 from hadaptive_q.lower.executorch import lower
 from hadaptive_q.quant.program import export_graph
@@ -52,3 +53,62 @@ def test_refused_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "cut.pte").write_bytes(b"PTE?")
     with pytest.raises(UserError, match=r"cut\.pte"):
         bench_files([tmp_path / "cut.pte"], [])
+
+
+def plain(path: Path, function: Callable[..., object], *example: object) -> Path:
+    """Write a file that nobody optimised, with whatever inputs and outputs."""
+    from executorch.exir import to_edge
+
+    class Net(nn.Module):
+        def forward(self, *inputs: object) -> object:
+            return function(*inputs)
+
+    path.write_bytes(to_edge(torch.export.export(Net(), example)).to_executorch().buffer)
+    return path
+
+
+IMAGE = torch.ones(1, 3, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("example", "message"),
+    [
+        ((IMAGE, IMAGE), r"got 2 inputs \(float32, float32\)"),
+        ((IMAGE, 3), r"got 2 inputs \(float32, no tensor\)"),
+        ((IMAGE.long(),), r"got an input \(int64\)"),
+        ((IMAGE.half(),), r"got an input \(float16\)"),
+        ((), "got no input"),
+    ],
+    ids=["two", "a number", "int64", "half", "none"],
+)
+def test_other_inputs_are_refused_in_a_line(tmp_path: Path, example: tuple[object, ...], message: str) -> None:
+    path = plain(tmp_path / "other.pte", lambda *inputs: inputs[0] * 2 if inputs else torch.ones(3) * 2, *example)
+    with pytest.raises(UserError, match=rf"other\.pte: {message}; expected a file with one input") as caught:
+        bench_files([path], [])
+    assert "\n" not in str(caught.value)
+
+
+def test_bytes_and_several_outputs(tmp_path: Path) -> None:
+    pixels = plain(tmp_path / "bytes.pte", lambda x: x.float().mean((-1, -2)), IMAGE.to(torch.uint8))
+    two = plain(tmp_path / "two.pte", lambda x: (x + 1, x * 2), IMAGE)
+    assert all(result["host_ms_median"] > 0 for result in bench_files([pixels, two], []))
+
+
+def test_missing_emulator_is_said_before_any_work(files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr("hadaptive_q.bench.latencies", lambda *_: pytest.fail("measured before the tools were there"))
+    with pytest.raises(UserError, match="apt-get install qemu-user"):
+        bench_files(files, ["cortex-a76"])
+
+
+def test_operators_want_a_core(files: list[Path]) -> None:
+    with pytest.raises(UserError, match="add --core"):
+        bench_files(files, [], operators=True)
+
+
+def test_ratios_are_to_the_compared_file() -> None:
+    def result(size: int, milliseconds: float, count: int) -> dict[str, object]:
+        return {"bytes": size, "host_ms_median": milliseconds, "arm": {"cortex-a76": {"instructions": count}}}
+
+    found = ratios(result(10, 1.5, 300), result(40, 0.5, 100))
+    assert found == {"bytes": 0.25, "host_ms_median": 3.0, "arm": {"cortex-a76": 3.0}}

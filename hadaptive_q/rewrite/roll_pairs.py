@@ -4,10 +4,14 @@ The pairs ``(i, i + d mod Cs)`` for ``d = 1 .. Cs / 2`` are all pairs, each once
 counts half). With ``ZZ = concat(Z, Z[: Cs / 2])``, distance `d` is one product of whole tensors,
 ``Z * ZZ[d : d + Cs]``. Slots come out in another order, so the weights of the norm, of the depthwise convolution and
 the projection's columns are reordered with them. XNNPACK has slices and products, but no index.
+
+Other forms would be float-equal, too; a block takes the one that was measured to cost least (`pair_costs`), and a form
+that never does is not written here.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +20,7 @@ from torch.fx import GraphModule, Node
 
 from hadaptive_q.models.cross_hadamard import pair_indices
 from hadaptive_q.rewrite.graph import aten, calls, constant, finish
+from hadaptive_q.rewrite.pair_costs import cheapest_form
 from hadaptive_q.rewrite.permute_channels import permute_readers
 
 
@@ -26,9 +31,10 @@ def roll_pairs(graph: GraphModule) -> int:
         z = _indexed_source(graph, product)
         if z is None:
             continue
-        cs = int(z.meta["val"].shape[1])
-        permute_readers(graph, product, slot_order(cs))
-        product.replace_all_uses_with(_rolled(graph, product, z, cs))
+        cs, height, width = (int(size) for size in z.meta["val"].shape[1:])
+        order, build = FORMS[cheapest_form(cs, height, width)]
+        permute_readers(graph, product, order(cs))
+        product.replace_all_uses_with(build(graph, product, z, cs))
         count += 1
     finish(graph)
     return count
@@ -79,3 +85,9 @@ def _rolled(graph: GraphModule, product: Node, z: Node, cs: int) -> Node:
         right = call(aten.slice.Tensor, count, doubled, 1, distance, distance + count)
         parts.append(call(aten.mul.Tensor, count, left, right))
     return call(aten.cat.default, cs * (cs - 1) // 2, parts, 1) if len(parts) > 1 else parts[0]
+
+
+# By its name in the table: the order of the slots and the form itself.
+FORMS: dict[str, tuple[Callable[[int], Tensor], Callable[[GraphModule, Node, Node, int], Node]]] = {
+    "rolled": (slot_order, _rolled),
+}
