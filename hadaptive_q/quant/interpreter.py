@@ -30,6 +30,7 @@ _COPIES = (
     aten.reshape.default,
     aten.slice.Tensor,
     aten.view.default,
+    aten.view_copy.default,
 )
 _ON_CODES = (arithmetic.conv2d, arithmetic.linear, arithmetic.add, arithmetic.lookup)
 

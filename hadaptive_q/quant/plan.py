@@ -18,8 +18,9 @@ from hadaptive_q.recipe import QuantizeConfig
 from hadaptive_q.rewrite.graph import ACTIVATIONS, aten, constant
 
 WEIGHTED = (aten.conv2d.default, aten.linear.default)
-# Other views (space to depth, the reshapes of a selection) carry floats: what a layer reads is quantized behind them.
 VIEWS = (aten.flatten.using_ints, aten.dropout.default)
+# Views where they rearrange the image for its layer; the reshapes of a selection carry floats.
+IMAGE_VIEWS = (aten.view.default, aten.view_copy.default, aten.permute.default)
 # Hardswish is 0 from here down, exactly.
 HARDSWISH_FLOOR = -3.0
 
@@ -50,7 +51,7 @@ def make_plan(graph: GraphModule, config: QuantizeConfig) -> Plan:
             plan.activations[tensor.name] = activation
     # Views first seen from their reader: the tensor behind them carries the same codes.
     for node in reversed(graph.graph.nodes):
-        if node.name in plan.activations and node.target in VIEWS:
+        if node.name in plan.activations and (node.target in VIEWS or _is_rearranged_image(node)):
             plan.activations[node.args[0].name] = activation
             plan.shared[node.name] = node.args[0].name
     for node in graph.graph.nodes:
@@ -62,6 +63,13 @@ def make_plan(graph: GraphModule, config: QuantizeConfig) -> Plan:
         if node.name in owners and node.users and all(user.target in ACTIVATIONS for user in node.users):
             plan.floors[node.name] = HARDSWISH_FLOOR
     return plan
+
+
+def _is_rearranged_image(node: Node) -> bool:
+    source: object = node
+    while isinstance(source, Node) and source.target in IMAGE_VIEWS:
+        source = source.args[0]
+    return source is not node and isinstance(source, Node) and source.op == "placeholder"
 
 
 def _is_weighted(graph: GraphModule, node: Node) -> bool:
