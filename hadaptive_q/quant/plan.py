@@ -1,8 +1,8 @@
 """The plan: which tensors of the deploy graph are stored in which format, decided before any tensor moves.
 
 A tensor is quantized once, where it is made, and every reader sees the same codes. Quantized are the inputs
-and outputs of convolutions, linears, residual additions and concatenations; views share their source's codes.
-Everything else stays in float: the scores that select channels, the products and their norm.
+and outputs of convolutions, linears, residual additions, concatenations, and means before a layer; views share their
+source's codes. Everything else stays in float: the scores that select channels, the products and their norm.
 """
 
 from __future__ import annotations
@@ -83,6 +83,9 @@ def _computes_on_codes(graph: GraphModule, node: Node) -> bool:
     if node.target == aten.cat.default:
         # Where a layer reads it; the concatenations inside a product are float arithmetic.
         return any(_is_weighted(graph, user) for user in node.users)
+    if node.target == aten.mean.dim:
+        # The mean before a layer; the one that scores channels needs more than 8 bits.
+        return _feeds_layer(graph, node) and _made_by_layer(graph, node.args[0])
     # A residual adds what two layers made; the additions inside a norm or a selection are float arithmetic.
     return node.target == aten.add.Tensor and all(_made_by_layer(graph, argument) for argument in node.args)
 
@@ -96,6 +99,13 @@ def _made_by_layer(graph: GraphModule, node: object) -> bool:
     if node.target in (*ACTIVATIONS, aten.cat.default, aten.add.Tensor, *VIEWS):
         return all(_made_by_layer(graph, source) for source in node.all_input_nodes)
     return False
+
+
+def _feeds_layer(graph: GraphModule, node: Node) -> bool:
+    """Whether layers alone read `node`, as it is or through views."""
+    return bool(node.users) and all(
+        _is_weighted(graph, user) or (user.target in VIEWS and _feeds_layer(graph, user)) for user in node.users
+    )
 
 
 def _activation_inputs(node: Node) -> list[Node]:

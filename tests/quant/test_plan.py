@@ -52,8 +52,8 @@ class Chain(nn.Module):
 
 def test_tensors_are_stored_where_layers_read_and_write_them() -> None:
     plan, nodes = planned(Chain())
-    # Hardswish and the mean compute on floats here; what a layer reads or writes is stored.
-    assert operators(nodes, plan.activations) == ["conv2d", "dropout", "flatten", "input", "linear", "mean"]
+    made = ["conv2d", "dropout", "flatten", "hardswish", "input", "linear", "mean"]
+    assert operators(nodes, plan.activations) == made, "all of it is int8"
     assert operators(nodes, plan.weights) == ["conv2d", "linear"]
     assert set(plan.activations.values()) == {ActivationFormat(8)}
     assert set(plan.weights.values()) == {WeightFormat(8)}
@@ -65,6 +65,25 @@ def test_views_carry_the_codes_of_what_they_view() -> None:
     assert scale_owner(plan, by_operator["dropout"]) == by_operator["mean"]
     assert scale_owner(plan, by_operator["flatten"]) == by_operator["mean"]
     assert by_operator["mean"] not in plan.shared
+
+
+class Scored(nn.Module):
+    """A mean that float arithmetic reads, beside one for a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.last = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed = nn.functional.hardswish(self.conv(x))
+        return self.last(mixed.mean((-1, -2), keepdim=True)) + mixed.mean((2, 3), keepdim=True).sigmoid()[:, :2]
+
+
+def test_a_mean_is_stored_where_a_layer_reads_it() -> None:
+    plan, nodes = planned(Scored())
+    means = [name for name, n in nodes.items() if n.target == aten.mean.dim]
+    assert len(means) == 2
+    assert [name in plan.activations for name in means] == [True, False]
 
 
 class Rearranged(nn.Module):
