@@ -4,9 +4,10 @@ Every function here is a definition: what a written file computes, rounding by r
 batch size, on the CPU; scales are float32 values, held as Python floats. Sums run in floating point, where integers are
 exact as long as every partial sum stays below 2^24 (float32) or 2^53 (float64); `exact_dtype` proves which one serves.
 
-Source: XNNPACK 1adaa7c (src/microparams-init.c, src/operators/convolution-nhwc.c, src/reference/unary-elementwise.cc,
-src/qs8-vadd, src/qs8-qc8w-gemm, src/f32-qs8-vcvt, src/qs8-f32-vcvt), restated; checked against files run in the
-stock runtime of executorch 1.5.1 on x86-64 and on emulated Cortex-A53 and A76.
+Source: XNNPACK 1adaa7c (src/microparams-init.c, src/operators/convolution-nhwc.c, src/operators/reduce-nd.c,
+src/reference/unary-elementwise.cc, src/qs8-rdsum, src/qs8-vadd, src/qs8-qc8w-gemm, src/f32-qs8-vcvt,
+src/qs8-f32-vcvt), restated; checked against files run in the stock runtime of executorch 1.5.1 on x86-64 and on
+emulated Cortex-A53 and A76.
 """
 
 from __future__ import annotations
@@ -129,6 +130,19 @@ def fixed_point(a_scale: float, b_scale: float, out_scale: float) -> tuple[tuple
     shift = MULTIPLIER_BITS - (math.frexp(max(ratios))[1] - 1)
     a_factor, b_factor = (round(math.ldexp(ratio, shift)) for ratio in ratios)
     return (a_factor, b_factor), shift
+
+
+def mean_hw(codes: Tensor, grid: Grid, out: Grid) -> Tensor:
+    """Return the mean over H and W, `(B, C, H, W) -> (B, C, 1, 1)`.
+
+    Formula, ``N = H W``: ``f = (s / s') * (1 / N)``; ``y = clamp(round(float32(sum q) f + (z' - N z f)), -128, 127)``.
+    Bits: the sum 8 + log2 N; float32 operators, each rounded (no fused multiply-add); the code half to even.
+    """
+    count = codes.shape[2] * codes.shape[3]
+    factor = _float32(grid.scale) / _float32(out.scale) * _float32(1.0 / count)
+    shift = _float32(out.zero_point) - _float32(count * grid.zero_point) * factor
+    total = codes.to(torch.int32).sum(dim=(2, 3), keepdim=True).to(torch.float32)
+    return _saturate((total * factor + shift).round())
 
 
 def table(function: Callable[[Tensor], Tensor], source: Grid, out: Grid) -> Tensor:

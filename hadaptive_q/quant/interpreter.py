@@ -30,8 +30,9 @@ _COPIES = (
     aten.reshape.default,
     aten.slice.Tensor,
     aten.view.default,
+    aten.view_copy.default,
 )
-_ON_CODES = (arithmetic.conv2d, arithmetic.linear, arithmetic.add, arithmetic.lookup)
+_ON_CODES = (arithmetic.conv2d, arithmetic.linear, arithmetic.add, arithmetic.lookup, arithmetic.mean_hw)
 
 
 @dataclass(frozen=True)
@@ -207,6 +208,19 @@ def _fuse_hardswish(graph: GraphModule, quantize: Node, activation: Node) -> boo
     return True
 
 
+def _fuse_mean(_: GraphModule, quantize: Node, mean: Node) -> bool:
+    source = _behind(mean.args[0])
+    if source is None or not _is_over_pixels(mean):
+        return False
+    _set(quantize, arithmetic.mean_hw, *source, _grid(quantize))
+    return True
+
+
+def _is_over_pixels(mean: Node) -> bool:
+    arguments: tuple[Any, ...] = mean.args
+    return sorted(arguments[1]) in ([-2, -1], [2, 3]) and list(arguments[2:]) == [True]
+
+
 def _fuse_copy(_: GraphModule, quantize: Node, copied: Node) -> bool:
     """Move codes instead of floats where all grids are one; elsewhere the runtime goes through float, too."""
     operands: Any = copied.args[0] if copied.target == aten.cat.default else copied.args[:1]
@@ -236,6 +250,7 @@ _FUSIONS: dict[Any, Callable[[GraphModule, Node, Node], bool]] = {
     aten.conv2d.default: _fuse_layer,
     aten.linear.default: _fuse_layer,
     aten.add.Tensor: _fuse_add,
+    aten.mean.dim: _fuse_mean,
     **dict.fromkeys(ACTIVATIONS, _fuse_hardswish),
     **dict.fromkeys(_COPIES, _fuse_copy),
 }
@@ -251,9 +266,8 @@ def _in_runtime_order(graph: GraphModule, node: Node) -> None:
     if node.target in ACTIVATIONS:
         _set(node, float_kernels.hardswish, arguments[0])
     elif node.target == aten.mean.dim:
-        x, dims, *keep = arguments
-        if sorted(dims) in ([-2, -1], [2, 3]) and keep == [True]:
-            _set(node, float_kernels.mean_hw, x)
+        if _is_over_pixels(node):
+            _set(node, float_kernels.mean_hw, arguments[0])
     else:
         x, weight, bias, stride, padding = (*arguments, *(None, [1], [0])[len(arguments) - 2 :])[:5]
         taps = constant(graph, weight)

@@ -1,8 +1,8 @@
 """The plan: which tensors of the deploy graph are stored in which format, decided before any tensor moves.
 
 A tensor is quantized once, where it is made, and every reader sees the same codes. Quantized are the inputs
-and outputs of convolutions, linears, residual additions and concatenations; views share their source's codes.
-Everything else stays in float: the scores that select channels, the products and their norm.
+and outputs of convolutions, linears, residual additions, concatenations, and means before a layer; views share their
+source's codes. Everything else stays in float: the scores that select channels, the products and their norm.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from hadaptive_q.recipe import QuantizeConfig
 from hadaptive_q.rewrite.graph import ACTIVATIONS, aten, constant
 
 WEIGHTED = (aten.conv2d.default, aten.linear.default)
-# Other views (space to depth, the reshapes of a selection) carry floats: what a layer reads is quantized behind them.
 VIEWS = (aten.flatten.using_ints, aten.dropout.default)
+# Views where they rearrange the image for its layer; the reshapes of a selection carry floats.
+IMAGE_VIEWS = (aten.view.default, aten.view_copy.default, aten.permute.default)
 # Hardswish is 0 from here down, exactly.
 HARDSWISH_FLOOR = -3.0
 
@@ -53,7 +54,7 @@ def make_plan(graph: GraphModule, config: QuantizeConfig) -> Plan:
             plan.activations[tensor.name] = activation
     # Views first seen from their reader: the tensor behind them carries the same codes.
     for node in reversed(graph.graph.nodes):
-        if node.name in plan.activations and node.target in VIEWS:
+        if node.name in plan.activations and (node.target in VIEWS or _is_rearranged_image(node)):
             plan.activations[node.args[0].name] = activation
             plan.shared[node.name] = node.args[0].name
     for node in graph.graph.nodes:
@@ -71,6 +72,13 @@ def make_plan(graph: GraphModule, config: QuantizeConfig) -> Plan:
     return plan
 
 
+def _is_rearranged_image(node: Node) -> bool:
+    source: object = node
+    while isinstance(source, Node) and source.target in IMAGE_VIEWS:
+        source = source.args[0]
+    return source is not node and isinstance(source, Node) and source.op == "placeholder"
+
+
 def _is_weighted(graph: GraphModule, node: Node) -> bool:
     # A constant matrix (the sum over ranks, say) is float arithmetic, not a layer.
     return node.target in WEIGHTED and isinstance(constant(graph, node.args[1]), nn.Parameter)
@@ -82,6 +90,9 @@ def _computes_on_codes(graph: GraphModule, node: Node) -> bool:
     if node.target == aten.cat.default:
         # Where a layer reads it; the concatenations inside a product are float arithmetic.
         return any(_is_weighted(graph, user) for user in node.users)
+    if node.target == aten.mean.dim:
+        # The mean before a layer; the one that scores channels needs more than 8 bits.
+        return _feeds_layer(graph, node) and _made_by_layer(graph, node.args[0])
     # A residual adds what two layers made; the additions inside a norm or a selection are float arithmetic.
     return node.target == aten.add.Tensor and all(_made_by_layer(graph, argument) for argument in node.args)
 
@@ -95,6 +106,13 @@ def _made_by_layer(graph: GraphModule, node: object) -> bool:
     if node.target in (*ACTIVATIONS, aten.cat.default, aten.add.Tensor, *VIEWS):
         return all(_made_by_layer(graph, source) for source in node.all_input_nodes)
     return False
+
+
+def _feeds_layer(graph: GraphModule, node: Node) -> bool:
+    """Whether layers alone read `node`, as it is or through views."""
+    return bool(node.users) and all(
+        _is_weighted(graph, user) or (user.target in VIEWS and _feeds_layer(graph, user)) for user in node.users
+    )
 
 
 def _activation_inputs(node: Node) -> list[Node]:

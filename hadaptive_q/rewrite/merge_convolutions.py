@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from hadaptive_q.rewrite.graph import add_parameter, aten, calls, constant, conv_settings, finish, is_depthwise
-from hadaptive_q.rewrite.split_depthwise import MAX_TAPS
+from hadaptive_q.rewrite.tap_sets import MAX_TAPS
 
 
 def merge_convolutions(graph: GraphModule) -> int:

@@ -1,8 +1,9 @@
 """Turn a convolution of few channels whose patches do not overlap into space-to-depth and a 1x1 convolution.
 
-Formula: for kernel = stride = k without padding, ``W * x = W' x'`` with ``x'[(dy, dx, c)] = x[c, k i + dy, k j + dx]``.
+Formula: for kernel = stride = k without padding, ``W * x = W' x'`` with ``x'[(c, dy, dx)] = x[c, k i + dy, k j + dx]``.
 XNNPACK's implicit matrix product reads one pixel at a time, and three channels fill no vector; a 1x1 convolution over
-``3 k^2`` channels does. Exact up to the order of summation.
+``3 k^2`` channels does. Exact up to the order of summation. In this order the k neighbours of a row stay together, and
+the patches are made with their channels last, as the convolution will read them: one pass over the image does it.
 """
 
 from __future__ import annotations
@@ -39,8 +40,7 @@ def _rewrite(graph: GraphModule, conv: Node, rows: int, columns: int) -> None:
     weight = constant(graph, conv.args[1])
     assert weight is not None
     channels, ky, kx = weight.shape[1:]
-    flat = weight.permute(0, 2, 3, 1).reshape(weight.shape[0], -1, 1, 1)
-    new_weight = add_parameter(graph, f"{conv.args[1]}_patch", flat, conv)
+    new_weight = add_parameter(graph, f"{conv.args[1]}_patch", weight.reshape(weight.shape[0], -1, 1, 1), conv)
 
     def call(target: Any, shape: tuple[int, ...], *args: Any) -> Node:
         with graph.graph.inserting_before(conv):
@@ -50,9 +50,11 @@ def _rewrite(graph: GraphModule, conv: Node, rows: int, columns: int) -> None:
         node.meta["val"] = like.new_empty((like.shape[0], *shape))
         return node
 
-    split = [-1, channels, rows, ky, columns, kx]
-    cells = call(aten.view.default, (channels, rows, ky, columns, kx), conv.args[0], split)
-    depth = call(aten.permute.default, (ky, kx, channels, rows, columns), cells, [0, 3, 5, 1, 2, 4])
-    merged = ky * kx * channels
-    patches = call(aten.reshape.default, (merged, rows, columns), depth, [-1, merged, rows, columns])
+    cells = (channels, rows, ky, columns, kx)
+    split = call(aten.view.default, cells, conv.args[0], [-1, *cells])
+    pixels = call(aten.permute.default, (rows, columns, channels, ky, kx), split, [0, 2, 4, 1, 3, 5])
+    merged = (rows, columns, channels * ky * kx)
+    # Not `reshape`: of a permuted tensor it is lowered as a clone and a view, and XNNPACK clones floats only.
+    last = call(aten.view_copy.default, merged, pixels, [-1, *merged])
+    patches = call(aten.permute.default, (merged[2], rows, columns), last, [0, 3, 1, 2])
     conv.args = (patches, new_weight, *conv.args[2:3])

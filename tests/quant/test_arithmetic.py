@@ -229,6 +229,40 @@ def test_float_kernels_and_borders(tmp_path: Path) -> None:
         assert torch.equal(kernel(x).flatten(1), found), index
 
 
+class Mean(nn.Module):
+    """quantize -> mean over H and W -> quantize."""
+
+    def __init__(self, source: Grid, out: Grid) -> None:
+        super().__init__()
+        self.source, self.out = source, out
+
+    def forward(self, x: Tensor) -> Tensor:
+        return through(through(x, self.source).mean((-1, -2), keepdim=True), self.out)
+
+    def wanted(self, x: Tensor) -> Tensor:
+        mean = arithmetic.mean_hw(arithmetic.quantize(x, self.source), self.source, self.out)
+        return arithmetic.dequantize(mean, self.out)
+
+
+MEANS = [
+    ((12, 7, 7), Grid(0.0371, -119), Grid(0.0072, -121)),
+    ((70, 2, 2), Grid(0.05, 3), Grid(0.05, 3)),  # a quarter of the results are ties
+    ((17, 3, 8), Grid(0.02, 90), Grid(0.0043, 11)),
+    ((3, 20, 20), Grid(0.1, -128), Grid(0.012, -128)),
+    ((33, 1, 1), Grid(0.03, -5), Grid(0.02, 7)),
+]
+
+
+def test_means(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    means = [Mean(source, out) for _, source, out in MEANS]
+    inputs = [torch.randn((32, *shape), generator=generator) * source.scale * 60 for shape, source, _ in MEANS]
+    for case, mean, x, found in zip(MEANS, means, inputs, run(tmp_path / "file.pte", means, inputs), strict=True):
+        wanted = mean.wanted(x).flatten(1)
+        assert torch.equal(wanted, found), case
+        assert len(wanted.unique()) > 30, f"{case}: too few codes to tell"
+
+
 def test_exact_dtype_holds_what_it_says() -> None:
     """Right below the bound every integer is a float32; right above it, 2^24 + 1 is not."""
     inside = torch.full((1, 518), 127, dtype=torch.int8)

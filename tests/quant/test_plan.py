@@ -10,7 +10,7 @@ from torch import Tensor, cat, nn
 from torch.fx import GraphModule, Node
 
 from hadaptive_q.quant.formats import ActivationFormat, WeightFormat
-from hadaptive_q.quant.plan import Plan, make_plan
+from hadaptive_q.quant.plan import IMAGE_VIEWS, Plan, make_plan
 from hadaptive_q.recipe import QuantizeConfig
 from hadaptive_q.rewrite.deploy import deploy_graph
 from hadaptive_q.rewrite.graph import ACTIVATIONS, aten, calls, constant, module_path, trace
@@ -52,8 +52,8 @@ class Chain(nn.Module):
 
 def test_tensors_are_stored_where_layers_read_and_write_them() -> None:
     plan, nodes = planned(Chain())
-    # Hardswish and the mean compute on floats here; what a layer reads or writes is stored.
-    assert operators(nodes, plan.activations) == ["conv2d", "dropout", "flatten", "input", "linear", "mean"]
+    made = ["conv2d", "dropout", "flatten", "hardswish", "input", "linear", "mean"]
+    assert operators(nodes, plan.activations) == made, "all of it is int8"
     assert operators(nodes, plan.weights) == ["conv2d", "linear"]
     assert set(plan.activations.values()) == {ActivationFormat(8)}
     assert set(plan.weights.values()) == {WeightFormat(8)}
@@ -65,6 +65,43 @@ def test_views_carry_the_codes_of_what_they_view() -> None:
     assert scale_owner(plan, by_operator["dropout"]) == by_operator["mean"]
     assert scale_owner(plan, by_operator["flatten"]) == by_operator["mean"]
     assert by_operator["mean"] not in plan.shared
+
+
+class Scored(nn.Module):
+    """A mean that float arithmetic reads, beside one for a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.last = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed = nn.functional.hardswish(self.conv(x))
+        return self.last(mixed.mean((-1, -2), keepdim=True)) + mixed.mean((2, 3), keepdim=True).sigmoid()[:, :2]
+
+
+def test_a_mean_is_stored_where_a_layer_reads_it() -> None:
+    plan, nodes = planned(Scored())
+    means = [name for name, n in nodes.items() if n.target == aten.mean.dim]
+    assert len(means) == 2
+    assert [name in plan.activations for name in means] == [True, False]
+
+
+class Rearranged(nn.Module):
+    """The image as a matrix for a layer, and as another for float arithmetic."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x.permute(0, 2, 3, 1)).abs() + x.view(-1, 3, 64).permute(0, 2, 1)[:, :1, :1, None]
+
+
+def test_a_rearranged_image_keeps_the_codes_of_the_image() -> None:
+    plan, nodes = planned(Rearranged())
+    assert operators(nodes, plan.activations) == ["conv2d", "input", "permute"], "what no layer reads stays in float"
+    (permuted,) = (name for name in plan.activations if nodes[name].target == aten.permute.default)
+    assert nodes[scale_owner(plan, permuted)].op == "placeholder"
 
 
 class Readers(nn.Module):
@@ -181,6 +218,9 @@ def test_selection_and_products_of_the_nano_network_stay_in_float(graph: GraphMo
         assert product.normed in plan.activations, "and so is norm(Q)"
         assert product.chosen not in plan.activations, "Z is not stored: 8 bits before the product cost 12 dB"
         assert product.choice not in plan.activations
+    rearranged = [n for n in names.values() if n.name in plan.activations and n.target in IMAGE_VIEWS]
+    assert rearranged
+    assert {names[scale_owner(plan, n.name)].op for n in rearranged} == {"placeholder"}, "and no view of a selection"
     for name in plan.activations:
         assert names[name].target not in (aten.topk.default, aten.bmm.default, aten.gather.default, aten.conv1d.default)
 

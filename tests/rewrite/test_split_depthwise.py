@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
 
 import pytest
 import torch
@@ -10,22 +9,11 @@ from torch import Tensor, nn
 from hadaptive_q.models.hadaptive_net import HadaptiveNet
 from hadaptive_q.rewrite.fold_batch_norm import fold_batch_norm
 from hadaptive_q.rewrite.graph import aten, calls, trace
-from hadaptive_q.rewrite.split_depthwise import MAX_TAPS, deal, split_depthwise
+from hadaptive_q.rewrite.split_depthwise import split_depthwise
+from hadaptive_q.rewrite.tap_sets import MAX_TAPS
 
 Check = Callable[[Tensor, Tensor], None]
 IMAGES = torch.randn(2, 3, 20, 20, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.mark.parametrize("most", range(1, 8))
-@pytest.mark.parametrize("size", [1, 3, 5, 7, 9, 11])
-def test_places_are_dealt_into_symmetric_even_sets(size: int, most: int) -> None:
-    sets = deal(size, most)
-    assert sorted(place for members in sets for place in members) == list(range(size))
-    for members in sets:
-        assert len(members) <= most
-        assert len({b - a for a, b in pairwise(members)}) <= 1, "evenly spaced"
-        if most > 1:
-            assert members == [size - 1 - place for place in reversed(members)], "symmetric"
 
 
 def kernels(graph: torch.fx.GraphModule) -> list[tuple[int, int]]:
@@ -37,7 +25,18 @@ def kernels(graph: torch.fx.GraphModule) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize(
     ("kernel", "padding"),
-    [(7, 3), (7, 2), (7, 5), (7, (3, 0)), (9, 4), (11, 5), ((5, 7), (2, 3)), ((7, 5), (3, 0)), ((3, 11), (1, 5))],
+    [
+        (7, 3),
+        (7, 2),
+        (7, 1),
+        (7, 5),
+        (7, (3, 0)),
+        (9, 4),
+        (11, 5),
+        ((5, 7), (2, 3)),
+        ((7, 5), (3, 0)),
+        ((3, 11), (1, 5)),
+    ],
 )
 def test_a_large_kernel_is_a_sum_of_small_ones(
     kernel: int | tuple[int, int],
@@ -76,9 +75,10 @@ def test_the_nano_network(
         nn.Conv2d(3, 6, 7, groups=3),
         nn.Conv2d(3, 3, 8, groups=3),
         nn.Conv2d(3, 3, 7, dilation=2, groups=3),
-        nn.Conv2d(3, 3, 7, padding=1, groups=3),
+        nn.Conv2d(3, 3, 7, groups=3),
+        nn.Conv2d(3, 3, (7, 9), padding=(1, 0), groups=3),
     ],
-    ids=["25 taps", "dense", "two filters a channel", "even", "dilated", "hardly padded"],
+    ids=["25 taps", "dense", "two filters a channel", "even", "dilated", "not padded", "hardly padded"],
 )
 def test_other_convolutions_stay(conv: nn.Conv2d) -> None:
     graph = trace(conv, 20)
