@@ -23,18 +23,13 @@ from typing import Any
 
 import torch
 import torchao.quantization.pt2e.quantize_pt2e  # noqa: F401 -- registers the operators
-from executorch.backends.xnnpack.partition.config import ALL_PARTITIONER_CONFIGS
-from executorch.backends.xnnpack.partition.config.generic_node_configs import TanhConfig
-from executorch.backends.xnnpack.partition.config.xnnpack_config import ConfigPrecisionType
-from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-from executorch.exir import to_edge_transform_and_lower
 from pair_sqnr import product_sqnr_db
 from rows import ROOT, markdown, write_table
 from torch import Tensor, nn
 
 from hadaptive_q.arm.operators import count_operators
 from hadaptive_q.atomic import write_text
-from hadaptive_q.lower.coverage import measure_coverage
+from hadaptive_q.lower.executorch import lower
 from hadaptive_q.models.ach import ACH
 from hadaptive_q.models.cross_hadamard import pair_indices
 from hadaptive_q.models.hadaptive_net import create_model
@@ -45,11 +40,6 @@ MODELS, IMAGE_SIZE, CORES = ("hadaptive_net_s", "hadaptive_net_m", "hadaptive_ne
 PAGE = ROOT / "docs" / "lowering.md"
 # Scales of standard normals: operands, products, DySoft's output with its shift. They change no count.
 OPERAND, PRODUCT, NORMED = 8 / 255, 24 / 255, 2 / 127
-
-
-class Int8Tanh(TanhConfig):  # type: ignore[misc]
-    def supported_precision_types(self) -> list[ConfigPrecisionType]:
-        return [ConfigPrecisionType.FP32, ConfigPrecisionType.STATIC_QUANT]
 
 
 def stored(x: Tensor, scale: float) -> Tensor:
@@ -155,14 +145,13 @@ def costs(name: str, cs: int, height: int, width: int) -> dict[str, int]:
     graph = torch.export.export(Form(name, cs).eval(), example).module()
     split_dequantize(graph)
     program = torch.export.export(graph, example)
-    configs = [Int8Tanh if config is TanhConfig else config for config in ALL_PARTITIONER_CONFIGS]
-    manager = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner(configs=configs)]).to_executorch()
-    coverage = measure_coverage(manager.exported_program())
+    lowered = lower(program)
+    coverage = lowered.coverage
     if coverage.delegates != 1 or coverage.portable_ops:
         raise RuntimeError(f"{name}: {coverage.delegates} delegates, outside of them {coverage.portable_ops}")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "form.pte"
-        path.write_bytes(manager.buffer)
+        path.write_bytes(lowered.data)
         return {core: _before_depthwise(path, core) for core in CORES}
 
 

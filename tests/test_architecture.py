@@ -34,7 +34,7 @@ FENCES = {
         "lower/executorch.py",
         "lower/delegate.py",
         "lower/runtime.py",
-        "lower/hardswish_int8.py",
+        "lower/int8_tables.py",
         "lower/uint8_input.py",
     },
     "brevitas": {"quant/backends/brevitas.py"},

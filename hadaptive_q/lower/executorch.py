@@ -8,10 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from executorch.backends.xnnpack.partition.config import ALL_PARTITIONER_CONFIGS
-from executorch.backends.xnnpack.partition.config.generic_node_configs import (
-    DeQuantizedPerTensorConfig,
-    HardswishConfig,
-)
+from executorch.backends.xnnpack.partition.config.generic_node_configs import DeQuantizedPerTensorConfig
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.exir import ExecutorchProgramManager, to_edge_transform_and_lower
 from executorch.exir._serialize._named_data_store import NamedDataStore
@@ -22,13 +19,13 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from hadaptive_q.lower.coverage import Coverage, measure_coverage
 from hadaptive_q.lower.delegate import Delegate, kept_graphs, write_delegate
-from hadaptive_q.lower.hardswish_int8 import Int8HardswishConfig
+from hadaptive_q.lower.int8_tables import TABLES
 from hadaptive_q.lower.quiet import quiet
 from hadaptive_q.lower.tidy_delegate import tidy_delegate
 from hadaptive_q.lower.uint8_input import Uint8DequantizeConfig
 
 # The stock partitioner's configurations, with ours in the place of those they extend.
-_OURS = {HardswishConfig: Int8HardswishConfig, DeQuantizedPerTensorConfig: Uint8DequantizeConfig}
+_OURS = {**TABLES, DeQuantizedPerTensorConfig: Uint8DequantizeConfig}
 _CONFIGS = [_OURS.get(config, config) for config in ALL_PARTITIONER_CONFIGS]
 
 

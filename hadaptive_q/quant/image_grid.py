@@ -12,7 +12,7 @@ from hadaptive_q.rewrite.graph import aten
 BYTES = 255
 # Pixels are ``byte / 255``: with 256 codes for this range, scale 1 / 255 and zero point -128, code = byte - 128.
 PIXEL_RANGE = (0.0, 1.0)
-VIEWS = (aten.view.default, aten.reshape.default, aten.permute.default)
+VIEWS = (aten.view.default, aten.view_copy.default, aten.reshape.default, aten.permute.default)
 
 
 def image_readers(image: Node, target: Any) -> Iterator[Node]:

@@ -20,8 +20,6 @@ from hadaptive_q.rewrite.graph import ACTIVATIONS, aten, constant
 
 WEIGHTED = (aten.conv2d.default, aten.linear.default)
 VIEWS = (aten.flatten.using_ints, aten.dropout.default)
-# Views where they rearrange the image for its layer; the reshapes of a selection carry floats.
-IMAGE_VIEWS = (aten.view.default, aten.view_copy.default, aten.permute.default)
 # Hardswish is 0 from here down, exactly.
 HARDSWISH_FLOOR = -3.0
 
@@ -52,9 +50,12 @@ def make_plan(graph: GraphModule, config: QuantizeConfig) -> Plan:
             continue
         for tensor in (*_activation_inputs(node), node):
             plan.activations[tensor.name] = activation
+    image = next(node for node in graph.graph.nodes if node.op == "placeholder")
+    # Of other views only those of the image: the reshapes of a selection carry floats.
+    views = {*rearranged(image)} - {image}
     # Views first seen from their reader: the tensor behind them carries the same codes.
     for node in reversed(graph.graph.nodes):
-        if node.name in plan.activations and (node.target in VIEWS or _is_rearranged_image(node)):
+        if node.name in plan.activations and (node.target in VIEWS or node in views):
             plan.activations[node.args[0].name] = activation
             plan.shared[node.name] = node.args[0].name
     for node in graph.graph.nodes:
@@ -66,17 +67,9 @@ def make_plan(graph: GraphModule, config: QuantizeConfig) -> Plan:
         if node.name in owners and node.users and all(user.target in ACTIVATIONS for user in node.users):
             plan.floors[node.name] = HARDSWISH_FLOOR
     if config.input != "float32":
-        image = next(node for node in graph.graph.nodes if node.op == "placeholder")
         forms = [node.name for node in rearranged(image) if node.name in plan.activations]
         plan.ranges.update({name: PIXEL_RANGE for name in forms if name not in plan.shared})
     return plan
-
-
-def _is_rearranged_image(node: Node) -> bool:
-    source: object = node
-    while isinstance(source, Node) and source.target in IMAGE_VIEWS:
-        source = source.args[0]
-    return source is not node and isinstance(source, Node) and source.op == "placeholder"
 
 
 def _is_weighted(graph: GraphModule, node: Node) -> bool:
