@@ -29,7 +29,7 @@ LAYERS = [
 ]
 FENCES = {
     "torchao": {"quant/fake_quant.py", "quant/backends/torchao_pt2e.py"},
-    "executorch": {"lower/executorch.py", "lower/runtime.py", "lower/hardswish_int8.py"},
+    "executorch": {"lower/executorch.py", "lower/runtime.py", "lower/hardswish_int8.py", "lower/pointwise_int4.py"},
     "brevitas": {"quant/backends/brevitas.py"},
     "onnx": {"lower/onnx.py"},
     "onnxruntime": {"lower/onnx.py"},

@@ -117,6 +117,7 @@ def test_settings_reach_what_the_file_leaves_out() -> None:
             "quantize.observer: got 'median'; expected 'minmax', 'mse', 'histogram' or 'product'",
         ),
         ("quantize.weight_bits=4", "quantize.weight_bits: got 4; expected 8"),
+        ("quantize.pointwise_weight_bits=5", "quantize.pointwise_weight_bits: got 5; expected 4 or 8"),
         ("seed=-1", "seed: got -1; expected greater than or equal to 0"),
         ("data=7", "data: got 7; expected a valid string"),
         ("data=2020-01-01", "expected numbers, texts, lists and mappings"),

@@ -14,6 +14,7 @@ from torch.export import ExportedProgram
 
 from hadaptive_q.lower.coverage import Coverage, measure_coverage
 from hadaptive_q.lower.hardswish_int8 import Int8HardswishConfig
+from hadaptive_q.lower.pointwise_int4 import mark_four_bits
 
 # The stock partitioner's configurations, with ours in the place of those they extend.
 _CONFIGS = [Int8HardswishConfig if c is HardswishConfig else c for c in ALL_PARTITIONER_CONFIGS]
@@ -29,6 +30,7 @@ class Lowered:
 
 def lower(program: ExportedProgram) -> Lowered:
     """Return `program` as a `.pte` for any CPU with the stock ExecuTorch runtime."""
+    mark_four_bits(program)
     with warnings.catch_warnings(), _quiet("executorch", "torch.export", "root"):
         # The lowering of a third party warns about its own deprecated calls; nothing the user can act on.
         warnings.simplefilter("ignore")
