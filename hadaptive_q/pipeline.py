@@ -24,6 +24,7 @@ from hadaptive_q.data.datasets import ImageData
 from hadaptive_q.data.sources import open_data
 from hadaptive_q.data.transforms import normalise
 from hadaptive_q.errors import UserError
+from hadaptive_q.lower.cpu_features import wanted_arm_features
 from hadaptive_q.lower.executorch import Lowered, lower
 from hadaptive_q.lower.file_formats import FORMATS, ModelFile, find_formats, open_file
 from hadaptive_q.lower.parity import agreement, compare, output_scale, sqnr_db, top1, topk
@@ -291,6 +292,7 @@ def _measure(
             delegates=lowered.coverage.delegates,
             portable_ops=list(lowered.coverage.portable_ops),
             fp32_ops=list(lowered.coverage.fp32_ops),
+            wanted_arm_features=list(wanted_arm_features(program.plan)),
         ),
         ach=measure.measure_ach(deploy, program, inputs, measure.train_eval_overlap(reference.model, inputs)),
         layers=measure.measure_layers(deploy, program, inputs),

@@ -142,7 +142,7 @@ def test_a_wrong_setting_is_explained(setting: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("int9", "--recipe int9: got an unknown recipe; expected one of float, int8"),
+        ("int9", "--recipe int9: got an unknown recipe; expected one of float, int4"),
         ("int9", "did you mean 'int8'?"),
         ("", "got an unknown recipe"),
         ("nowhere/mine.yaml", "--recipe nowhere/mine.yaml: got no such file; expected a recipe file"),

@@ -10,8 +10,6 @@ from __future__ import annotations
 import torch
 from executorch.backends.xnnpack.operators.node_visitor import get_node_visitors, register_node_visitor
 from executorch.backends.xnnpack.serialization.xnnpack_graph_schema import (
-    XNNConv2d,
-    XNNDatatype,
     XNNFullyConnected,
     XNNGraph,
     XNNQuantizedTensorValue,
@@ -49,20 +47,21 @@ class PointwiseVisitor(_Convolution):  # type: ignore[misc]
     target = _CONVOLUTION
 
     def define_node(self, node: Node, xnn_graph: XNNGraph, vals_to_ids: dict[Node, int], debug_handle: int) -> None:
+        weight = node.args[1]
+        assert isinstance(weight, Node)
+        packed = tuple(weight.args[4:6]) == _BOUNDS
+        if packed and not _is_pointwise(node, weight.meta["val"].shape):
+            raise ValueError(f"{node}: 4-bit weights of a convolution that is not {POINTWISE}")
         super().define_node(node, xnn_graph, vals_to_ids, debug_handle)
-        written = xnn_graph.xnodes[-1]
-        conv = written.xnode_union
-        weight = next(v for v in (value.xvalue_union for value in xnn_graph.xvalues) if _id(v) == conv.filter_id)
-        if not isinstance(weight, XNNQuantizedTensorValue):
+        if not packed:
             return
-        tensor = weight.tensor_value
-        if tensor.datatype != XNNDatatype.xnn_datatype_qcint4:
-            return
-        if not isinstance(conv, XNNConv2d) or not _is_pointwise(conv):
-            raise ValueError(f"{node}: 4-bit weights {tensor.dims} of a convolution that is not {POINTWISE}")
-        tensor.dims = [tensor.dims[0], tensor.dims[-1]]
-        tensor.num_dims = len(tensor.dims)
-        written.xnode_union = XNNFullyConnected(
+        conv = xnn_graph.xnodes[-1].xnode_union
+        values = [value.xvalue_union for value in xnn_graph.xvalues]
+        tensors = [value.tensor_value for value in values if isinstance(value, XNNQuantizedTensorValue)]
+        (filters,) = (tensor for tensor in tensors if tensor.id_out == conv.filter_id)
+        filters.dims = [filters.dims[0], filters.dims[-1]]
+        filters.num_dims = len(filters.dims)
+        xnn_graph.xnodes[-1].xnode_union = XNNFullyConnected(
             input1_id=conv.input1_id,
             filter_id=conv.filter_id,
             bias_id=conv.bias_id,
@@ -71,16 +70,9 @@ class PointwiseVisitor(_Convolution):  # type: ignore[misc]
         )
 
 
-def _id(value: object) -> int:
-    tensor = value.tensor_value if isinstance(value, XNNQuantizedTensorValue) else value
-    found: int = tensor.id_out  # type: ignore[attr-defined]
-    return found
-
-
-def _is_pointwise(conv: XNNConv2d) -> bool:
-    padding = (conv.padding_top, conv.padding_right, conv.padding_bottom, conv.padding_left)
-    steps = (conv.kernel_height, conv.kernel_width, conv.subsampling_height, conv.subsampling_width, conv.groups)
-    return not any(padding) and all(step == 1 for step in steps)
+def _is_pointwise(conv: Node, shape: torch.Size) -> bool:
+    stride, padding, _, transposed, _, groups = conv.args[3:9]
+    return (*shape[2:], *stride, groups) == (1,) * 5 and not any(padding) and not transposed  # type: ignore[misc, arg-type]
 
 
 register_node_visitor(PointwiseVisitor)

@@ -44,7 +44,7 @@ def make_plan(graph: GraphModule, config: QuantizeConfig) -> Plan:
     """Resolve `config` on the deploy graph `graph`."""
     activation = ActivationFormat(config.activation_bits)
     plan = Plan()
-    scored = {product.mixed for product in find_products(graph)}
+    scored = {product.mixed for product in find_products(graph) if product.choice}
     for node in graph.graph.nodes:
         if _is_weighted(graph, node):
             small = node.name not in scored and _takes_four_bits(graph, node)

@@ -62,11 +62,12 @@ class ParityRecord(Part):
 
 
 class CoverageRecord(Part):
-    """Where the operators of the written file run."""
+    """Where the operators of the written file run, and what an ARM64 CPU should have for it, in `/proc/cpuinfo`."""
 
     delegates: int
     portable_ops: list[str]
     fp32_ops: list[str]
+    wanted_arm_features: list[str] = []
 
 
 class AchRecord(Part):
