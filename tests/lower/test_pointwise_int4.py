@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from hadaptive_q.data.datasets import ImageData
+from hadaptive_q.errors import UserError
 from hadaptive_q.lower.executorch import Lowered, lower
 from hadaptive_q.lower.parity import sqnr_db
 from hadaptive_q.lower.runtime import PteFile
@@ -125,3 +126,16 @@ def test_other_convolutions_are_refused() -> None:
     program = backend.convert(calibrated, PREPROCESS)
     with pytest.raises(ValueError, match="not 1x1 with stride 1"):
         lower(program.export())
+
+
+def test_a_bias_beyond_its_weights_is_refused() -> None:
+    """All weights of the layer are next to nothing beside its bias: no file could hold it in their steps."""
+    torch.manual_seed(0)
+    model = Pointwise()
+    with torch.no_grad():
+        assert model.second.bias is not None
+        model.second.weight *= 1e-6
+        model.second.bias += 100
+    with pytest.raises(UserError, match=r"second: got a bias of \d+ steps .* 67108864 with 4-bit weights; quantize\."):
+        converted(trace(model, 8), torch.randn(4, 3, 8, 8), PREPROCESS, 4)
+    assert converted(trace(model, 8), torch.randn(4, 3, 8, 8), PREPROCESS, 8).graph is not None
