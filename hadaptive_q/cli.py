@@ -190,6 +190,27 @@ def _ratio(result: dict[str, Any], base: dict[str, Any] | None, key: str) -> str
 
 
 @app.command()
+def check(
+    report: Annotated[Path, typer.Argument(help="The report.json of a run, or the run's folder.")],
+    budget: Annotated[list[str], typer.Option(help="KEY OPERATOR NUMBER, as 'coverage.fp32_ops == 0'; repeatable.")],
+    as_json: AsJson = False,
+) -> None:
+    """Hold a run's report against budgets; exit code 1 where it does not keep one."""
+    from hadaptive_q.regress import check_budgets
+    from hadaptive_q.report.record import read_report
+
+    violations = check_budgets(read_report(report), budget)
+    if as_json:
+        typer.echo(json.dumps([{"budget": v.budget, "figure": v.figure} for v in violations]))
+    else:
+        for violation in violations:
+            typer.echo(violation)
+        typer.echo(f"{len(budget) - len(violations)} of {len(budget)} budgets kept")
+    if violations:
+        raise typer.Exit(1)
+
+
+@app.command()
 def explain(
     run: Annotated[Path, typer.Argument(help="The folder of a finished qat or ptq run.")],
     layer: Annotated[list[str] | None, typer.Option(help="Only this module and what is inside it, repeatable.")] = None,

@@ -289,10 +289,7 @@ def _measure(
             **{f"onnx_{key}": value for key, value in onnx_parity.items()},
         ),
         coverage=CoverageRecord(
-            delegates=lowered.coverage.delegates,
-            portable_ops=list(lowered.coverage.portable_ops),
-            fp32_ops=list(lowered.coverage.fp32_ops),
-            wanted_arm_features=list(wanted_arm_features(program.plan)),
+            **asdict(lowered.coverage), wanted_arm_features=list(wanted_arm_features(program.plan))
         ),
         ach=measure.measure_ach(deploy, program, inputs, measure.train_eval_overlap(reference.model, inputs)),
         layers=measure.measure_layers(deploy, program, inputs),

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
 from torch.fx import GraphModule
 
 from hadaptive_q.data.calibration import read_manifest, resolve
@@ -20,7 +19,7 @@ from hadaptive_q.pipeline import open_data_for, prepare
 from hadaptive_q.quant.backends import torchao_pt2e as backend
 from hadaptive_q.quant.program import QuantizedProgram
 from hadaptive_q.recipe import Recipe, parse_recipe, read_yaml
-from hadaptive_q.report.record import Report
+from hadaptive_q.report.record import Report, read_report
 from hadaptive_q.rewrite.deploy import deploy_graph
 
 # The report is the last file a run writes.
@@ -51,7 +50,7 @@ def open_run(folder: Path) -> FinishedRun:
     """
     _check_files(folder, FILES)
     recipe = parse_recipe(read_yaml(folder / "recipe.yaml"), str(folder / "recipe.yaml"))
-    report = _read_report(folder / "report.json")
+    report = read_report(folder)
     model = load_model(folder / "float.safetensors")
     data = open_data_for(recipe, model)
     resolve(read_manifest(folder / "calibration.yaml"), data)  # raises where the data changed since
@@ -72,15 +71,6 @@ def _check_files(folder: Path, names: tuple[str, ...]) -> None:
             "the folder of a finished qat or ptq run",
             f"finish it: hadaptive-q qat --out {folder}",
         )
-
-
-def _read_report(path: Path) -> Report:
-    try:
-        return Report.model_validate_json(path.read_text(encoding="utf-8"))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise UserError(f"{path}, {where}", f"'{first['msg']}'", "a report of this version", "run it again") from error
 
 
 def _freeze(model: HadaptiveNet, path: Path) -> None:

@@ -24,8 +24,10 @@ from hadaptive_q.models.ach import DySoft
 from hadaptive_q.models.checkpoint import save_model
 from hadaptive_q.models.hadaptive_net import HadaptiveNet, create_model
 from hadaptive_q.pipeline import quantized_program
+from hadaptive_q.quant.backends import torchao_pt2e as backend
+from hadaptive_q.quant.plan import make_plan
 from hadaptive_q.quant.program import QuantizedProgram
-from hadaptive_q.recipe import load_recipe
+from hadaptive_q.recipe import QuantizeConfig, load_recipe
 from hadaptive_q.report.record import Report
 from hadaptive_q.rewrite.deploy import deploy_graph
 from hadaptive_q.rewrite.freeze_selection import freeze_selection
@@ -131,6 +133,21 @@ def make_graph(make_nano: Callable[..., HadaptiveNet]) -> Callable[..., GraphMod
 
     def make(form: Callable[[HadaptiveNet, int], GraphModule], selection: str = "rank") -> GraphModule:
         return copy.deepcopy(made(form, selection))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_program(
+    make_graph: Callable[..., GraphModule], few_digits: ImageData, inputs: Tensor
+) -> Callable[[str], QuantizedProgram]:
+    """Return a function that gives `make_nano(selection)` in INT8, calibrated on `inputs`; not to be changed."""
+
+    @functools.cache
+    def make(selection: str) -> QuantizedProgram:
+        graph = make_graph(deploy_graph, selection)
+        prepared = backend.prepare(graph, make_plan(graph, QuantizeConfig()), "minmax")
+        return backend.convert(backend.calibrate(prepared, [inputs]), few_digits.preprocess)
 
     return make
 

@@ -24,12 +24,16 @@ LAYERS = [
     ["arm"],
     ["lower"],
     ["report"],
+    ["regress"],
     ["pipeline", "evaluate", "bench", "restore", "explain", "export"],
     ["cli", "__main__", "__init__"],
 ]
 FENCES = {
     "torchao": {"quant/fake_quant.py", "quant/backends/torchao_pt2e.py"},
-    "executorch": {"lower/executorch.py", "lower/runtime.py", "lower/hardswish_int8.py", "lower/pointwise_int4.py"},
+    "executorch": {
+        *("lower/executorch.py", "lower/delegate.py", "lower/runtime.py", "lower/hardswish_int8.py"),
+        "lower/pointwise_int4.py",
+    },
     "brevitas": {"quant/backends/brevitas.py"},
     "onnx": {"lower/onnx.py"},
     "onnxruntime": {"lower/onnx.py"},
@@ -110,6 +114,7 @@ def test_refused_habits(path: Path) -> None:
         ["--help"],
         ["qat", "--help"],
         ["explain", "--help"],
+        ["check", "no-such-run", "--budget", "size.ratio < 1"],
         ["recipes"],
         ["qat", "--recipe", "int9"],
         ["qat", "--to", "onxx"],

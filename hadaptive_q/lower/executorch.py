@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
+import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from executorch.backends.xnnpack.partition.config import ALL_PARTITIONER_CONFIGS
 from executorch.backends.xnnpack.partition.config.generic_node_configs import HardswishConfig
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.exir import ExecutorchProgramManager, to_edge_transform_and_lower
+from executorch.exir._serialize._named_data_store import NamedDataStore
+from executorch.exir.lowered_backend_module import LoweredBackendModule
 from torch.export import ExportedProgram
+from torch.fx import GraphModule
+from torch.fx.passes.infra.pass_base import PassResult
 
 from hadaptive_q.lower.coverage import Coverage, measure_coverage
+from hadaptive_q.lower.delegate import Delegate, kept_graphs, write_delegate
 from hadaptive_q.lower.hardswish_int8 import Int8HardswishConfig
 from hadaptive_q.lower.pointwise_int4 import mark_four_bits
+from hadaptive_q.lower.quiet import quiet
+from hadaptive_q.lower.tidy_delegate import tidy_delegate
 
 # The stock partitioner's configurations, with ours in the place of those they extend.
 _CONFIGS = [Int8HardswishConfig if c is HardswishConfig else c for c in ALL_PARTITIONER_CONFIGS]
@@ -31,25 +39,35 @@ class Lowered:
 def lower(program: ExportedProgram) -> Lowered:
     """Return `program` as a `.pte` for any CPU with the stock ExecuTorch runtime."""
     mark_four_bits(program)
-    with warnings.catch_warnings(), _quiet("executorch", "torch.export", "root"):
-        # The lowering of a third party warns about its own deprecated calls; nothing the user can act on.
-        warnings.simplefilter("ignore")
-        edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner(configs=_CONFIGS)])
-        manager: ExecutorchProgramManager = edge.to_executorch()
-    return Lowered(bytes(manager.buffer), measure_coverage(manager.exported_program()))
+    delegates: list[Delegate] = []
+
+    def tidied(graph: GraphModule) -> PassResult:
+        """Tidy every delegate, as a pass over the program's graph, which stays as it is."""
+        delegates[:] = [_tidy(module, graphs) for _, module in graph.named_children() if _is_lowered(module)]
+        return PassResult(graph, True)
+
+    with quiet("executorch", "torch.export", "root"):
+        with kept_graphs() as graphs:
+            edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner(configs=_CONFIGS)])
+        manager: ExecutorchProgramManager = edge.transform([tidied]).to_executorch()
+    return Lowered(bytes(manager.buffer), measure_coverage(manager.exported_program(), delegates))
 
 
-class _quiet:
-    """Raise the level of some loggers to errors for a while."""
+def _is_lowered(module: object) -> bool:
+    return isinstance(module, LoweredBackendModule)
 
-    def __init__(self, *names: str) -> None:
-        self.loggers = [logging.getLogger(name) for name in names]
 
-    def __enter__(self) -> None:
-        self.levels = [logger.level for logger in self.loggers]
-        for logger in self.loggers:
-            logger.setLevel(logging.ERROR)
-
-    def __exit__(self, *_: object) -> None:
-        for logger, level in zip(self.loggers, self.levels, strict=True):
-            logger.setLevel(level)
+def _tidy(module: LoweredBackendModule, graphs: Mapping[bytes, Any]) -> Delegate:
+    """Put the tidied delegate in the place of the one that `module` was compiled to, and return it."""
+    kept = module.named_data_store_output
+    named = {name: kept.buffers[entry.buffer_index] for name, entry in kept.pte_data.items()}
+    # Delegates of equal bytes were compiled from graphs of their own.
+    delegate = Delegate(copy.deepcopy(graphs[module.processed_bytes]), named)
+    tidy_delegate(delegate)
+    payload, outside = write_delegate(delegate)
+    store = NamedDataStore()
+    for name, data in outside.items():
+        store.add_named_data(name, data, alignment=kept.pte_data[name].alignment)
+    module._processed_bytes = payload
+    module._named_data_store_output = store.get_named_data_store_output()
+    return delegate

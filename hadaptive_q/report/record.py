@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from hadaptive_q.atomic import write_text
+from hadaptive_q.errors import UserError
 
 
 class Part(BaseModel):
@@ -61,12 +62,30 @@ class ParityRecord(Part):
     onnx_sqnr_db: float | None = None
 
 
+class LayerBytesRecord(Part):
+    """Bytes of a layer's constants in the written file."""
+
+    layer: str
+    weights: int
+    biases: int
+    scales: int
+
+
 class CoverageRecord(Part):
-    """Where the operators of the written file run, and what an ARM64 CPU should have for it, in `/proc/cpuinfo`."""
+    """What the written file is made of: delegates, operators inside them by precision and outside, what moves data.
+
+    `layers` are those with constants, the largest first; `wanted_arm_features` what an ARM64 CPU should have for it,
+    as `/proc/cpuinfo` names it.
+    """
 
     delegates: int
     portable_ops: list[str]
+    int8_ops: list[str] = []
     fp32_ops: list[str]
+    conversions: int | None = None
+    copies: int | None = None
+    transposes: int | None = None
+    layers: list[LayerBytesRecord] = []
     wanted_arm_features: list[str] = []
 
 
@@ -129,6 +148,20 @@ class Report(Part):
     def write(self, path: Path) -> None:
         """Write the record to `path` in one step."""
         write_text(path, self.model_dump_json(indent=1) + "\n")
+
+
+def read_report(path: Path) -> Report:
+    """Return the report at `path`, a report.json or the folder of a run. Raises UserError for anything else."""
+    file = path / "report.json" if path.is_dir() else path
+    try:
+        return Report.model_validate_json(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not text"
+        raise UserError(f"report {file}", reason, "a report.json or the folder of a finished run") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the whole of it"
+        raise UserError(f"{file}, {where}", f"'{first['msg']}'", "a report of this version", "run it again") from error
 
 
 def versions(*others: str) -> dict[str, str]:

@@ -26,7 +26,8 @@ def float_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[torch.nn.Modul
     lowered = lower(export_graph(graph, 32))
     assert lowered.coverage.delegates == 1
     assert lowered.coverage.portable_ops == ()
-    assert "convolution" in lowered.coverage.fp32_ops
+    assert "depthwise_conv2d" in lowered.coverage.fp32_ops
+    assert lowered.coverage.int8_ops == ()
     path = tmp_path_factory.mktemp("pte") / "float.pte"
     path.write_bytes(lowered.data)
     return model, path

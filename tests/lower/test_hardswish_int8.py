@@ -39,7 +39,8 @@ def test_hardswish_is_int8_in_the_file(tmp_path: Path) -> None:
     lowered = lower(program.export())
     assert lowered.coverage.delegates == 1
     assert "hardswish" not in lowered.coverage.fp32_ops
-    assert "convolution" not in lowered.coverage.fp32_ops
+    assert "conv2d" not in lowered.coverage.fp32_ops
+    assert "hardswish" in lowered.coverage.int8_ops
 
     (tmp_path / "act.pte").write_bytes(lowered.data)
     file = PteFile(tmp_path / "act.pte")

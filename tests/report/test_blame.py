@@ -121,16 +121,16 @@ def test_behind_the_last_selection_held_makes_no_difference(blames: Blames) -> N
 
 
 def test_batches_do_not_matter(
-    case: tuple[GraphModule, list[Site], list[Site], set[str]],
-    blames: Blames,
-    inputs: Tensor,
-    monkeypatch: pytest.MonkeyPatch,
+    case: tuple[GraphModule, list[Site], list[Site], set[str]], inputs: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     graph, sites, asked, choices = case
-    monkeypatch.setattr(blame, "PIXELS", 12 * inputs[0, 0].numel())
-    again = measure_blame(graph, sites, asked[:2], choices, inputs)
-    torch.testing.assert_close(again.rounded, blames.rounded)
-    for got, wanted in zip(again.sites, blames.sites, strict=False):
+    # Convolutions that take images one by one: others sum in an order that depends on the batch, and swap equal ranks.
+    with torch.backends.mkldnn.flags(enabled=False):
+        whole = measure_blame(graph, sites, asked[:2], choices, inputs)
+        monkeypatch.setattr(blame, "PIXELS", 12 * inputs[0, 0].numel())
+        again = measure_blame(graph, sites, asked[:2], choices, inputs)
+    torch.testing.assert_close(again.rounded, whole.rounded)
+    for got, wanted in zip(again.sites, whole.sites, strict=True):
         assert got.share == pytest.approx(wanted.share, rel=0.05)
 
 
