@@ -24,6 +24,7 @@ from hadaptive_q.data.datasets import ImageData
 from hadaptive_q.data.sources import open_data
 from hadaptive_q.data.transforms import normalise
 from hadaptive_q.errors import UserError
+from hadaptive_q.lower.cpu_features import wanted_arm_features
 from hadaptive_q.lower.executorch import Lowered, lower
 from hadaptive_q.lower.file_formats import FORMATS, ModelFile, find_formats, open_file
 from hadaptive_q.lower.parity import agreement, compare, output_scale, sqnr_db, top1, topk
@@ -299,7 +300,9 @@ def _measure(
             frozen_sqnr_db=None if frozen is None else sqnr_db(frozen, shipped),
             **{f"onnx_{key}": value for key, value in onnx_parity.items()},
         ),
-        coverage=CoverageRecord.model_validate(asdict(lowered.coverage)),
+        coverage=CoverageRecord(
+            **asdict(lowered.coverage), wanted_arm_features=list(wanted_arm_features(program.plan))
+        ),
         input=InputRecord(dtype=file.input.dtype, shape=list(file.input.shape)),
         ach=measure.measure_ach(deploy, program, inputs, overlap),
         layers=measure.measure_layers(deploy, program, inputs),

@@ -68,10 +68,15 @@ class CalibrationConfig(_Section):
 
 
 class QuantizeConfig(_Section):
-    """Number formats, how ranges are found, and what the written file takes: see `models.config.InputName`."""
+    """Number formats, how ranges are found, and what the written file takes (`models.config.InputName`).
+
+    `pointwise_weight_bits` holds for 1x1 convolutions and linears, except the stem and what a selection's scores are
+    computed from; `weight_bits` for all other layers.
+    """
 
     backend: Literal["torchao"] = "torchao"
     weight_bits: Literal[8] = 8
+    pointwise_weight_bits: Literal[4, 8] = 8
     activation_bits: Literal[8] = 8
     observer: Literal["minmax", "mse", "histogram", "product"] = "histogram"
     ranges: Literal["observed", "learned"] = "observed"

@@ -36,6 +36,7 @@ FENCES = {
         "lower/runtime.py",
         "lower/int8_tables.py",
         "lower/uint8_input.py",
+        "lower/pointwise_int4.py",
     },
     "brevitas": {"quant/backends/brevitas.py"},
     "onnx": {"lower/onnx.py"},

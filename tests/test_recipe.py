@@ -117,6 +117,7 @@ def test_settings_reach_what_the_file_leaves_out() -> None:
             "quantize.observer: got 'median'; expected 'minmax', 'mse', 'histogram' or 'product'",
         ),
         ("quantize.weight_bits=4", "quantize.weight_bits: got 4; expected 8"),
+        ("quantize.pointwise_weight_bits=5", "quantize.pointwise_weight_bits: got 5; expected 4 or 8"),
         ("seed=-1", "seed: got -1; expected greater than or equal to 0"),
         ("data=7", "data: got 7; expected a valid string"),
         ("data=2020-01-01", "expected numbers, texts, lists and mappings"),
@@ -141,7 +142,7 @@ def test_a_wrong_setting_is_explained(setting: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("int9", "--recipe int9: got an unknown recipe; expected one of float, int8"),
+        ("int9", "--recipe int9: got an unknown recipe; expected one of float, int4"),
         ("int9", "did you mean 'int8'?"),
         ("", "got an unknown recipe"),
         ("nowhere/mine.yaml", "--recipe nowhere/mine.yaml: got no such file; expected a recipe file"),

@@ -20,6 +20,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 from hadaptive_q.lower.coverage import Coverage, measure_coverage
 from hadaptive_q.lower.delegate import Delegate, kept_graphs, write_delegate
 from hadaptive_q.lower.int8_tables import TABLES
+from hadaptive_q.lower.pointwise_int4 import mark_four_bits
 from hadaptive_q.lower.quiet import quiet
 from hadaptive_q.lower.tidy_delegate import tidy_delegate
 from hadaptive_q.lower.uint8_input import Uint8DequantizeConfig
@@ -39,6 +40,7 @@ class Lowered:
 
 def lower(program: ExportedProgram) -> Lowered:
     """Return `program` as a `.pte` for any CPU with the stock ExecuTorch runtime."""
+    mark_four_bits(program)
     delegates: list[Delegate] = []
 
     def tidied(graph: GraphModule) -> PassResult:

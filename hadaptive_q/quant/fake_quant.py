@@ -17,6 +17,7 @@ from hadaptive_q.quant.formats import SMALLEST_SCALE, ActivationFormat, WeightFo
 from hadaptive_q.quant.observers import RangeName, RangeObserver
 
 MOVING_AVERAGE = 0.02
+SMALLEST_WEIGHT_SHARE = 2.0**-12
 
 
 class _FakeQuantizePerTensor(torch.autograd.Function):
@@ -150,7 +151,7 @@ class PerChannelWeightFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
     """Per-output-channel symmetric fake-quantizer of a weight.
 
     Formula: ``s_c = max |w_c| / high`` of the weight as it is now, ``y = clamp(round(w / s_c), -high, high) * s_c``.
-    Shapes: `w` `(C, ...)`, `s` `(C,)`.
+    With 4 bits no `s_c` is below 2^-12 of the largest. Shapes: `w` `(C, ...)`, `s` `(C,)`.
     (torchao derives its constructor arguments from "PerChannel" in the name.)
     """
 
@@ -181,6 +182,10 @@ class PerChannelWeightFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
     @torch.no_grad()
     def _measure(self, w: Tensor) -> None:
         scale = w.abs().amax(dim=tuple(range(1, w.dim()))) / self.quant_max
+        if self.quant_max == WeightFormat(4).code_range[1]:
+            # The bias of a channel of all but no weights would not fit the accumulator; what those weights add never
+            # shows beside the largest channel's, in codes of one scale.
+            scale = scale.clamp_min(float(scale.max()) * SMALLEST_WEIGHT_SHARE)
         self.scale = scale.clamp_min(torch.finfo(torch.float32).eps)
         self.zero_point = torch.zeros_like(scale, dtype=torch.int32)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -20,13 +21,16 @@ class ActivationFormat:
 class WeightFormat:
     """Symmetric, per output channel: ``w ~ code * scale[channel]`` with codes in +-(2^(bits-1) - 1)."""
 
-    bits: int = 8
+    bits: Literal[4, 8] = 8
 
     @property
     def code_range(self) -> tuple[int, int]:
         top = (1 << (self.bits - 1)) - 1
         return -top, top
 
+
+# The convolutions that may have 4-bit weights: over NHWC, a Linear of every pixel.
+POINTWISE = "1x1 with stride 1, no padding and one group"
 
 # XNNPACK's quantizer never goes below this scale; smaller ones overflow its fixed-point rescaling.
 SMALLEST_SCALE = 2.0**-12

@@ -16,10 +16,13 @@ from torch.fx import GraphModule, Node
 from hadaptive_q.quant.formats import ActivationFormat, WeightFormat
 from hadaptive_q.quant.image_grid import PIXEL_RANGE, rearranged
 from hadaptive_q.recipe import QuantizeConfig
-from hadaptive_q.rewrite.graph import ACTIVATIONS, aten, constant
+from hadaptive_q.rewrite.graph import ACTIVATIONS, aten, constant, is_pointwise, module_path
+from hadaptive_q.rewrite.products import find_products
 
 WEIGHTED = (aten.conv2d.default, aten.linear.default)
 VIEWS = (aten.flatten.using_ints, aten.dropout.default)
+# Few weights, which the whole network's precision hangs on.
+STEM = "stem."
 # Hardswish is 0 from here down, exactly.
 HARDSWISH_FLOOR = -3.0
 
@@ -43,9 +46,11 @@ def make_plan(graph: GraphModule, config: QuantizeConfig) -> Plan:
     """Resolve `config` on the deploy graph `graph`."""
     activation = ActivationFormat(config.activation_bits)
     plan = Plan()
+    scored = {product.mixed for product in find_products(graph) if product.choice}
     for node in graph.graph.nodes:
         if _is_weighted(graph, node):
-            plan.weights[node.name] = WeightFormat(config.weight_bits)
+            small = node.name not in scored and _takes_four_bits(graph, node)
+            plan.weights[node.name] = WeightFormat(config.pointwise_weight_bits if small else config.weight_bits)
         if not _computes_on_codes(graph, node):
             continue
         for tensor in (*_activation_inputs(node), node):
@@ -75,6 +80,18 @@ def make_plan(graph: GraphModule, config: QuantizeConfig) -> Plan:
 def _is_weighted(graph: GraphModule, node: Node) -> bool:
     # A constant matrix (the sum over ranks, say) is float arithmetic, not a layer.
     return node.target in WEIGHTED and isinstance(constant(graph, node.args[1]), nn.Parameter)
+
+
+def _takes_four_bits(graph: GraphModule, node: Node) -> bool:
+    """Whether the runtime has arithmetic for 4-bit weights of the layer `node`, which is none of the stem's."""
+    weight = constant(graph, node.args[1])
+    assert weight is not None
+    rows, columns = weight.shape[:2]
+    # Rows of an odd number of columns: the ahead-of-time code pads each to whole bytes, the runtime reads on.
+    # One row: it loses its dimension on the way, unless it is a linear's.
+    if columns % 2 or module_path(node).startswith(STEM):
+        return False
+    return node.target == aten.linear.default or (rows > 1 and is_pointwise(graph, node))
 
 
 def _computes_on_codes(graph: GraphModule, node: Node) -> bool:

@@ -74,7 +74,8 @@ class LayerBytesRecord(Part):
 class CoverageRecord(Part):
     """What the written file is made of: delegates, operators inside them by precision and outside, what moves data.
 
-    `layers` are those with constants, the largest first.
+    `layers` are those with constants, the largest first; `wanted_arm_features` what an ARM64 CPU should have for it,
+    as `/proc/cpuinfo` names it.
     """
 
     delegates: int
@@ -85,6 +86,7 @@ class CoverageRecord(Part):
     copies: int | None = None
     transposes: int | None = None
     layers: list[LayerBytesRecord] = []
+    wanted_arm_features: list[str] = []
 
 
 class InputRecord(Part):

@@ -78,6 +78,14 @@ def is_depthwise(graph: GraphModule, conv: Node) -> bool:
     return weight is not None and weight.shape[1] == 1 and conv_settings(conv).groups == weight.shape[0]
 
 
+def is_pointwise(graph: GraphModule, conv: Node) -> bool:
+    """Whether `conv` is a `conv2d` that mixes the channels of every pixel alone: 1x1, one group, no step or padding."""
+    weight = constant(graph, conv.args[1]) if conv.target == aten.conv2d.default else None
+    settings = conv_settings(conv)
+    plain = settings.groups == 1 and settings.stride == [1, 1] and settings.padding == [0, 0]
+    return weight is not None and tuple(weight.shape[2:]) == (1, 1) and plain
+
+
 def add_parameter(graph: GraphModule, name: str, value: Tensor, before: Node) -> Node:
     """Register `value` as a trainable parameter near `name` and return the node that reads it."""
     unique = _unused_name(graph, name)

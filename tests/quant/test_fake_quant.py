@@ -278,3 +278,14 @@ def test_constructors_take_the_codes_of_their_format(bits: int) -> None:
     weight(w)
     codes = (w / weight.scale[:, None]).round()
     assert float(codes.abs().max()) == 2 ** (bits - 1) - 1
+
+
+def test_with_four_bits_no_scale_is_next_to_nothing() -> None:
+    """A channel of all but no weights would have its bias in steps too small for the accumulator."""
+    w = torch.tensor([[0.0, 0.0], [1e-9, 0.0], [7.0, -3.5], [0.7, 0.07]])
+    small, whole = weight_constructor(WeightFormat(4))(), weight_constructor(WeightFormat(8))()
+    assert small(w)[:2].tolist() == [[0.0, 0.0]] * 2
+    assert small.scale.tolist() == pytest.approx([2**-12, 2**-12, 1, 0.1])
+    assert small(w)[2].tolist() == [7, -4], "half to even"
+    whole(w)
+    assert float(whole.scale[1]) == pytest.approx(torch.finfo(torch.float32).eps)

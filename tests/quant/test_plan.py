@@ -235,3 +235,43 @@ def test_planning_changes_nothing(graph: GraphModule) -> None:
     code = graph.code
     assert make_plan(graph, QuantizeConfig()) == make_plan(graph, QuantizeConfig())
     assert graph.code == code
+
+
+def test_four_bits_are_for_pointwise_layers_off_the_stem_and_the_scores(nano_graph: GraphModule) -> None:
+    plan = make_plan(nano_graph, QuantizeConfig(pointwise_weight_bits=4))
+    assert set(plan.weights.values()) == {WeightFormat(4), WeightFormat(8)}
+    scored = {product.mixed for product in find_products(nano_graph)}
+    assert scored
+    for node in nano_graph.graph.nodes:
+        if node.name not in plan.weights:
+            continue
+        weight = constant(nano_graph, node.args[1])
+        assert weight is not None
+        mixes_channels = tuple(weight.shape[2:]) in {(), (1, 1)} and weight.shape[1] > 1
+        kept = node.name in scored or module_path(node).startswith("stem.") or weight.shape[1] % 2 == 1
+        assert plan.weights[node.name] == WeightFormat(4 if mixes_channels and not kept else 8), node.name
+    small = {module_path(n) for n in nano_graph.graph.nodes if plan.weights.get(n.name) == WeightFormat(4)}
+    assert {"head.hidden", "head.classifier", "tail.conv", "blocks.0.projection.conv"} <= small
+    assert make_plan(nano_graph, QuantizeConfig()).weights == dict.fromkeys(plan.weights, WeightFormat(8))
+
+
+@pytest.mark.parametrize(
+    ("layer", "bits"),
+    [
+        (nn.Conv2d(4, 6, 1), 4),
+        (nn.Conv2d(5, 6, 1), 8),
+        (nn.Conv2d(4, 1, 1), 8),
+        (nn.Conv2d(4, 6, 1, stride=2), 8),
+        (nn.Conv2d(4, 6, 1, padding=1), 8),
+        (nn.Conv2d(4, 6, 1, groups=2), 8),
+        (nn.Conv2d(4, 6, 3), 8),
+        (nn.Conv2d(4, 4, 1, groups=4), 8),
+        (nn.Linear(8, 1), 4),
+        (nn.Linear(8, 6), 4),
+    ],
+    ids=str,
+)
+def test_four_bits_are_for_what_the_runtime_has_arithmetic_for(layer: nn.Module, bits: int) -> None:
+    channels = getattr(layer, "in_channels", 4)
+    plan = make_plan(trace(nn.Sequential(nn.Conv2d(3, channels, 1), layer), 8), QuantizeConfig(pointwise_weight_bits=4))
+    assert [form.bits for form in plan.weights.values()] == [8, bits]

@@ -43,10 +43,13 @@ from hadaptive_q.quant.product import Objective, PixelSampler, find_ranges
 from hadaptive_q.quant.program import QuantizedProgram
 from hadaptive_q.rewrite.drop_no_ops import drop_no_ops
 from hadaptive_q.rewrite.fold_dysoft import stored_range
-from hadaptive_q.rewrite.graph import constant, set_dropout
+from hadaptive_q.rewrite.graph import constant, module_path, set_dropout
 from hadaptive_q.rewrite.products import Product, find_products, norm_of_products
 from hadaptive_q.rewrite.record import record
 from hadaptive_q.rewrite.split_dequantize import split_dequantize
+
+# The runtime keeps accumulators of 4-bit weights times 16 in 32 bits; half of what is left is for the products.
+LARGEST_SHIFTED_BIAS = 2**26
 
 
 @dataclass(frozen=True)
@@ -250,6 +253,7 @@ def snap_biases(graph: GraphModule) -> None:
 
     The runtime stores biases as int32 of that scale. Left in float, they would shift every accumulator of the program
     against the file's by a fraction of its step, and a few results in a thousand by one code.
+    Raises UserError for a bias that leaves an accumulator of 4-bit weights no room.
     """
     # Duplicates too: tensors that share a scale share one quantizer under several names.
     modules = dict(graph.named_modules(remove_duplicate=False))
@@ -263,7 +267,15 @@ def snap_biases(graph: GraphModule) -> None:
         assert isinstance(inputs[1], PerChannelWeightFakeQuantize)
         inputs[1](weight)
         step = inputs[0].calculate_qparams()[0].double() * inputs[1].calculate_qparams()[0].double()
-        bias.copy_((bias.double() / step).round() * step)
+        codes = (bias.double() / step).round()
+        if inputs[1].quant_max == WeightFormat(4).code_range[1] and codes.abs().max() > LARGEST_SHIFTED_BIAS:
+            raise UserError(
+                module_path(node),
+                f"a bias of {codes.abs().max():.0f} steps of its accumulator",
+                f"at most {LARGEST_SHIFTED_BIAS} with 4-bit weights",
+                "quantize.pointwise_weight_bits=8",
+            )
+        bias.copy_(codes * step)
 
 
 def convert(calibrated: Calibrated, preprocess: Preprocess, input_: InputName = "float32") -> QuantizedProgram:
