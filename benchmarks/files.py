@@ -5,6 +5,8 @@ What an inference costs does not depend on weights or inputs.
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from stock import stock_float, stock_int8
 from torch import Tensor
@@ -13,15 +15,25 @@ from torch.fx import GraphModule
 from hadaptive_q.lower.executorch import Lowered, lower
 from hadaptive_q.models.config import Preprocess
 from hadaptive_q.models.hadaptive_net import HadaptiveNet, create_model
+from hadaptive_q.models.pixels import take_pixels
 from hadaptive_q.quant.backends import torchao_pt2e as backend
 from hadaptive_q.quant.plan import make_plan
 from hadaptive_q.quant.program import export_graph
 from hadaptive_q.recipe import QuantizeConfig
 from hadaptive_q.rewrite.deploy import deploy_graph
 from hadaptive_q.rewrite.drop_no_ops import drop_no_ops
+from hadaptive_q.rewrite.freeze_selection import freeze_selection
 
 CLASSES, BATCH = 100, 4
-FORMS = ("stock float", "float", "stock int8", "int8")
+# What differs from the default recipe; the stock forms and our float form have none.
+QUANTIZED = {
+    "int8": QuantizeConfig(),
+    "int8, uint8 NHWC": QuantizeConfig(input="uint8"),
+    "int8, uint8 NCHW": QuantizeConfig(input="uint8_nchw"),
+    "int8, static selection": QuantizeConfig(selection="static"),
+    "int4": QuantizeConfig(pointwise_weight_bits=4),
+}
+FORMS = ("stock float", "float", "stock int8", *QUANTIZED)
 
 
 def random_model(name: str, image_size: int) -> tuple[HadaptiveNet, Tensor]:
@@ -41,16 +53,30 @@ def make_file(form: str, model: HadaptiveNet, inputs: Tensor) -> bytes:
         return stock_float(model, size)
     if form == "stock int8":
         return stock_int8(model, [inputs], size)[1]
+    if form in QUANTIZED:
+        return _quantized(QUANTIZED[form], model, inputs).data
     graph = deploy_graph(model, size)
-    if form == "int8":
-        return lower_int8(graph, inputs).data
     drop_no_ops(graph)
     return lower(export_graph(graph, size)).data
 
 
-def lower_int8(graph: GraphModule, inputs: Tensor) -> Lowered:
+def _quantized(config: QuantizeConfig, model: HadaptiveNet, inputs: Tensor) -> Lowered:
+    preprocess = _preprocess(inputs.shape[-1])
+    model = copy.deepcopy(model)
+    if config.input != "float32":
+        model, inputs = take_pixels(model, preprocess), ((inputs + 4) / 8).clamp(0, 1)
+    if config.selection == "static":
+        freeze_selection(model, [inputs])
+    return lower_int8(deploy_graph(model, inputs.shape[-1]), inputs, config)
+
+
+def lower_int8(graph: GraphModule, inputs: Tensor, config: QuantizeConfig = QuantizeConfig()) -> Lowered:  # noqa: B008
     """Quantize the deploy graph `graph` on one batch and lower it."""
-    prepared = backend.prepare(graph, make_plan(graph, QuantizeConfig()), "minmax")
+    prepared = backend.prepare(graph, make_plan(graph, config), "minmax")
+    preprocess = _preprocess(inputs.shape[-1])
+    return lower(backend.convert(backend.calibrate(prepared, [inputs]), preprocess, config.input).export())
+
+
+def _preprocess(image_size: int) -> Preprocess:
     classes = tuple(str(label) for label in range(CLASSES))
-    preprocess = Preprocess(image_size=inputs.shape[-1], mean=(0.5,) * 3, std=(0.5,) * 3, classes=classes)
-    return lower(backend.convert(backend.calibrate(prepared, [inputs]), preprocess).export())
+    return Preprocess(image_size=image_size, mean=(0.5,) * 3, std=(0.5,) * 3, classes=classes)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from files import FORMS, make_file, random_model
@@ -28,21 +29,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", action="append", default=[], choices=VARIANTS)
     parser.add_argument("--core", action="append", default=[], choices=CORES)
+    parser.add_argument("--form", action="append", default=[], choices=FORMS, help="all unless given")
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--render", action="store_true", help="only write the README table from the results")
     arguments = parser.parse_args()
     if not arguments.render:
         models = arguments.model or ["hadaptive_net_s"]
-        _keep(_measure(models, arguments.core or ["cortex-a76"], arguments.image_size))
+        forms = arguments.form or FORMS
+        _keep(_measure(models, forms, arguments.core or ["cortex-a76"], arguments.image_size))
     write_section("instructions", _table)
 
 
-def _measure(models: list[str], cores: list[str], image_size: int) -> list[Row]:
+def _measure(models: Sequence[str], forms: Sequence[str], cores: Sequence[str], image_size: int) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         paths: dict[tuple[str, str], Path] = {}
         for name in models:
             model, inputs = random_model(name, image_size)
-            for form in FORMS:
+            for form in forms:
                 path = Path(folder) / f"{name}-{form.replace(' ', '-')}.pte"
                 path.write_bytes(make_file(form, model, inputs))
                 paths[name, form] = path

@@ -10,7 +10,8 @@ from torch import Tensor, cat, nn
 from torch.fx import GraphModule, Node
 
 from hadaptive_q.quant.formats import ActivationFormat, WeightFormat
-from hadaptive_q.quant.plan import IMAGE_VIEWS, Plan, make_plan
+from hadaptive_q.quant.image_grid import VIEWS as IMAGE_VIEWS
+from hadaptive_q.quant.plan import Plan, make_plan
 from hadaptive_q.recipe import QuantizeConfig
 from hadaptive_q.rewrite.deploy import deploy_graph
 from hadaptive_q.rewrite.graph import ACTIVATIONS, aten, calls, constant, module_path, trace
