@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from hadaptive_q.models.config import InputName
+from hadaptive_q.quant.byte_rows import convolve_rows
 from hadaptive_q.quant.image_grid import BYTES, image_readers
 from hadaptive_q.rewrite.graph import aten, finish
 
@@ -53,6 +54,7 @@ def take_bytes(graph: GraphModule, name: InputName) -> GraphModule:
         else:
             reader.replace_input_with(image, behind(codes, dequantize, scale, INT8[0], *INT8))
     finish(graph)
+    convolve_rows(graph)
     return graph
 
 
