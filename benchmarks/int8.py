@@ -15,7 +15,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from rows import ROOT, Row, flips, markdown, read_results, run, stock_row, write_results, write_section
+from rows import ROOT, Row, flips, markdown, read_results, run, stock_int4_row, stock_row, write_results, write_section
 
 from hadaptive_q.recipe import load_recipe
 
@@ -31,7 +31,7 @@ COLUMNS = (
     "set / rank flips",
     "bytes / float",
 )
-RECIPES = ("int8", "int8_static", "int8_ptq")
+RECIPES = ("int8", "int8_static", "int8_ptq", "int4", "int4_ptq")
 # The recipes' epochs are for a thousand images; ten thousand need fewer.
 FLOAT_EPOCHS, FIT_EPOCHS = {"glyphs": 10}, {"glyphs": 2}
 FIRST_SEED_ONLY: tuple[str, ...] = ()
@@ -40,6 +40,9 @@ NAMES = {
     "int8_static": "`int8_static` (QAT)",
     "int8_ptq": "`int8_ptq`",
     "stock": "stock `XNNPACKQuantizer` PTQ",
+    "int4": "`int4` (QAT)",
+    "int4_ptq": "`int4_ptq`",
+    "stock_int4": "stock PTQ, weights of 4 bits",
 }
 
 
@@ -81,6 +84,8 @@ def _rows(model: str, data: str, seed: int, recipes: Sequence[str], out: Path) -
         checkpoint = checkpoint or folder / "float.safetensors"
     assert checkpoint is not None
     rows.append(stock_row(data, seed, checkpoint, out / f"{prefix}-stock.json"))
+    if any(name.startswith("int4") for name in recipes):
+        rows.append(stock_int4_row(data, seed, checkpoint, out / f"{prefix}-stock-int4.json"))
     return rows
 
 
@@ -107,6 +112,8 @@ def _line(rows: list[Row]) -> tuple[str, ...]:
     def mean(key: str) -> float:
         return statistics.fmean(float(row[key]) for row in rows)
 
+    if first["file_top1"] is None:
+        return _without_file(rows)
     drops = [row["float_top1"] - row["file_top1"] for row in rows]
     agreements = [100 * row["file_program_agreement"] for row in rows]
     each = ", ".join(f"{drop:+.2f}" for drop in drops)
@@ -121,6 +128,26 @@ def _line(rows: list[Row]) -> tuple[str, ...]:
         f"{mean('file_program_sqnr_db'):.1f} / {mean('file_float_sqnr_db'):.1f} dB",
         flips(mean("set_flip_rate"), mean("rank_flip_rate")) if "set_flip_rate" in first else "",
         f"{mean('bytes') / mean('float_bytes'):.3f}",
+    )
+
+
+def _without_file(rows: list[Row]) -> tuple[str, ...]:
+    """Return the line of a recipe whose program is all there is."""
+    first, drops = rows[0], [row["float_top1"] - row["program_top1"] for row in rows]
+    agreement, sqnr = (
+        statistics.fmean(row[key] for row in rows) for key in ("program_float_agreement", "program_float_sqnr_db")
+    )
+    return (
+        f"{first['model'].removeprefix('hadaptive_net_').upper()}, {first['data']} ({first['samples']} images)",
+        f"{NAMES[first['recipe']]}: no file loads, its program",
+        f"{statistics.fmean(row['float_top1'] for row in rows):.2f}",
+        f"{statistics.fmean(row['program_top1'] for row in rows):.2f}",
+        f"{statistics.fmean(drops):+.2f} ({', '.join(f'{drop:+.2f}' for drop in drops)})",
+        "",
+        f"{100 * agreement:.2f} %",
+        f"{sqnr:.1f} dB",
+        "",
+        "",
     )
 
 

@@ -10,14 +10,18 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import patch
 
+from executorch.backends.xnnpack.partition.config import ALL_PARTITIONER_CONFIGS
 from files import lower_int8, random_model
 from rows import ROOT, Row, markdown, write_results, write_section
 from torch import Tensor
 
 from hadaptive_q.arm.count import count_instructions
 from hadaptive_q.errors import UserError
+from hadaptive_q.lower import executorch
 from hadaptive_q.lower.runtime import PteFile
 from hadaptive_q.models.hadaptive_net import HadaptiveNet
 from hadaptive_q.rewrite.deploy import REWRITES
@@ -26,6 +30,11 @@ from hadaptive_q.rewrite.graph import trace
 MODEL, IMAGE_SIZE, CORE = "hadaptive_net_s", 224, "cortex-a76"
 COLUMNS = ("left out", "instructions", "saves", "delegates", "operators outside", "bytes")
 PAGE = ROOT / "docs" / "lowering.md"
+# What lowering itself adds, by what takes it out again.
+LOWERING = {
+    "tidy_delegate": ("tidy_delegate", lambda delegate: None),
+    "int8_tables": ("_CONFIGS", list(ALL_PARTITIONER_CONFIGS)),
+}
 
 
 def main() -> None:
@@ -33,7 +42,7 @@ def main() -> None:
     parser.add_argument("--render", action="store_true", help="only write the table from the results")
     if not parser.parse_args().render:
         model, inputs = random_model(MODEL, IMAGE_SIZE)
-        names = ["", *(rewrite.__name__ for rewrite in REWRITES)]
+        names = ["", *(rewrite.__name__ for rewrite in REWRITES), *LOWERING]
         write_results("rewrites", [_without(name, model, inputs) for name in names])
     write_section("rewrites", _table, PAGE)
 
@@ -45,7 +54,8 @@ def _without(left_out: str, model: HadaptiveNet, inputs: Tensor) -> Row:
         for rewrite in REWRITES:
             if rewrite.__name__ != left_out:
                 rewrite(graph)
-        lowered = lower_int8(graph, inputs)
+        with patch.object(executorch, *LOWERING[left_out]) if left_out in LOWERING else nullcontext():
+            lowered = lower_int8(graph, inputs)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "file.pte"
             path.write_bytes(lowered.data)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from stock import stock_float, stock_int8
+from stock import stock_float, stock_int4, stock_int8
 
 from hadaptive_q.atomic import output_folder, write_bytes, write_text
 from hadaptive_q.data.calibration import batches, find_manifest, resolve
@@ -93,6 +93,34 @@ def stock_row(data_name: str, seed: int, checkpoint: Path, kept: Path) -> Row:
         "file_float_sqnr_db": sqnr_db(reference, shipped),
         "bytes": len(file),
         "float_bytes": len(stock_float(model, preprocess.image_size)),
+        "samples": len(labels),
+    }
+    write_text(kept, json.dumps(row))
+    return _shown(row)
+
+
+def stock_int4_row(data_name: str, seed: int, checkpoint: Path, kept: Path) -> Row:
+    """Return the figures of the stock recipe with 4-bit weights; it makes a program, but no file that loads."""
+    if kept.is_file():
+        return _shown(json.loads(kept.read_text()))
+    model = load_model(checkpoint)
+    preprocess = model.preprocess
+    assert preprocess is not None
+    data = open_data(data_name, preprocess.image_size)
+    manifest = resolve(find_manifest("auto", data), data)
+    program = stock_int4(model, batches(manifest, data, 64), preprocess.image_size)
+    reference, labels = predict(model, data.val, preprocess)
+    converted, _ = predict(program, data.val, preprocess)
+    row = {
+        "model": model.config.name,
+        "data": data.name,
+        "seed": seed,
+        "recipe": "stock_int4",
+        "float_top1": top1(reference, labels),
+        "program_top1": top1(converted, labels),
+        "file_top1": None,
+        "program_float_agreement": agreement(reference, converted),
+        "program_float_sqnr_db": sqnr_db(reference, converted),
         "samples": len(labels),
     }
     write_text(kept, json.dumps(row))

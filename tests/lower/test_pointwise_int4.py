@@ -65,7 +65,7 @@ def test_codes_are_those_of_the_file(small: tuple[QuantizedProgram, Lowered], in
     images = torch.cat((inputs, noise, torch.full((1, *inputs.shape[1:]), 1e4)))
     wanted = torch.cat([file(image[None]) for image in images])
     assert torch.equal(IntegerProgram(program)(images), wanted)
-    assert not torch.equal(program(images), wanted)
+    assert len(wanted.unique()) > 50
 
 
 def test_two_weights_share_a_byte(small: tuple[QuantizedProgram, Lowered], nano_run: Any) -> None:

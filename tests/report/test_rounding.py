@@ -101,7 +101,7 @@ def test_weights_by_hand(case: Case) -> None:
 def test_islands_are_what_the_plan_leaves_in_float(case: Case) -> None:
     plan = make_plan(case.deploy, QuantizeConfig())
     islands = {island.layer: island.operators for island in float_islands(case.deploy, plan)}
-    assert islands["tail.act"] == {"hardswish": 1}
+    assert "tail.act" not in islands, "what only layers read runs on codes"
     assert islands["blocks.2.expansion.scorer"] == {"mean": 1, "conv1d": 1}
     assert "bmm" in islands["blocks.2.expansion"]
     assert islands["blocks.2.expansion.norm"].keys() >= {"abs", "div"}
