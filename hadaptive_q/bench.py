@@ -13,7 +13,7 @@ from hadaptive_q.arm.count import count_instructions
 from hadaptive_q.arm.operators import count_operators
 from hadaptive_q.errors import UserError
 from hadaptive_q.lower.latency import latencies
-from hadaptive_q.lower.runtime import PteFile, _native_log
+from hadaptive_q.lower.runtime import PteFile, native_log
 
 # The runtime's numbers of types, which are torch's.
 TYPES = {0: "uint8", 1: "int8", 3: "int32", 4: "int64", 5: "float16", 6: "float32", 7: "float64", 11: "bool"}
@@ -41,7 +41,7 @@ class BenchFile(PteFile):
         meta, found = self._method.metadata, []
         for index in range(meta.num_inputs()):
             try:
-                with _native_log():
+                with native_log():
                     kind = int(meta.input_tensor_meta(index).dtype())
             except IndexError:  # how the runtime says that it is a number or a text
                 found.append("no tensor")

@@ -38,7 +38,7 @@ class PteFile:
         if not path.is_file():
             raise UserError(f"file {path}", "no such file", "a .pte")
         try:
-            with _native_log() as log:
+            with native_log() as log:
                 program = Runtime.get().load_program(path, verification=Verification.InternalConsistency)
                 method: Any = program.load_method("forward")
         except (RuntimeError, ValueError) as error:
@@ -75,7 +75,7 @@ class PteFile:
 
 
 @contextmanager
-def _native_log() -> Iterator[list[str]]:
+def native_log() -> Iterator[list[str]]:
     """Collect what native code prints on standard error for a while: it is no message to the user.
 
     The runtime writes to the file descriptor and, through its Python binding, to `sys.stderr`: both are taken.
