@@ -105,6 +105,8 @@ def in_four_bits(graph: GraphModule, layers: Iterable[FourBitLayer]) -> Iterator
 
 
 def _squared_error(run: KeptRun, graph: GraphModule, layers: Sequence[FourBitLayer]) -> float:
+    if not layers:
+        return 0.0
     with in_four_bits(graph, layers) as places:
         return float((run.again(places).double() - run.logits.double()).square().sum())
 

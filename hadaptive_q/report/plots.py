@@ -145,7 +145,7 @@ def pareto_png(record: SearchRecord) -> bytes:
             axis.plot([record.pte_bytes / 1e6], [noise], color=color, marker=marker, linestyle="", label=label)
     axis.set_yscale("log")
     axis.set_xlabel("file, MB")
-    axis.set_ylabel("noise added to the int8 logits, share of their power")
+    axis.set_ylabel("noise on the int8 logits over their power")
     axis.set_title(f"{record.model} on {record.data}: size against noise", fontsize=10, loc="left")
     axis.grid(color=GRID)
     axis.set_axisbelow(True)
