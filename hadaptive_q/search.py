@@ -13,6 +13,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -204,7 +205,7 @@ def _key(recipe: Recipe, checkpoint: str, calibration: str, data: ImageData) -> 
 
 def _measure(case: _Case, cache: Path, key: str) -> None:
     """Fill in the layers with their sensitivities and the size of the int8 file, from `cache` where its key fits."""
-    kept = json.loads(cache.read_text(encoding="utf-8")) if cache.is_file() else {}
+    kept = _read(cache)
     if kept.get("key") == key:
         case.layers = [FourBitLayer(**{**layer, "nodes": tuple(layer["nodes"])}) for layer in kept["layers"]]
         case.int8_bytes = kept["int8_bytes"]
@@ -213,6 +214,14 @@ def _measure(case: _Case, cache: Path, key: str) -> None:
     case.int8_bytes = case.make([]).pte_bytes
     content = {"key": key, "int8_bytes": case.int8_bytes, "layers": [asdict(layer) for layer in case.layers]}
     atomic.write_text(cache, json.dumps(content, indent=1) + "\n")
+
+
+def _read(cache: Path) -> dict[str, Any]:
+    try:
+        kept = json.loads(cache.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return kept if isinstance(kept, dict) else {}
 
 
 def _front(case: _Case) -> list[list[FourBitLayer]]:

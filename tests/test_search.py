@@ -172,6 +172,13 @@ def test_other_calibration_is_measured_anew(
         search(recipe.model_copy(update={"calibration": calibration}), checkpoint, Goal(1000), folder / "out", SAMPLES)
 
 
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"key": "another"}'])
+def test_a_broken_cache_is_none(content: str, tmp_path: Path) -> None:
+    (tmp_path / "sensitivity.json").write_text(content)
+    assert searching._read(tmp_path / "sensitivity.json").get("layers") is None
+    assert searching._read(tmp_path / "nowhere.json") == {}
+
+
 def test_no_drop_that_cannot_be_kept(
     recipe: Recipe, checkpoint: Path, folder: Path, found: SearchRecord, monkeypatch: pytest.MonkeyPatch
 ) -> None:
