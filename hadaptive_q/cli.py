@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -251,6 +252,52 @@ def explain(
     if not layer:
         write_explanation(finished, explanation)
         typer.echo(f"report: {run / 'report.html'}", err=True)
+
+
+@app.command()
+def search(
+    start: Annotated[Path, typer.Argument(help="A float checkpoint, or the folder of a finished qat or ptq run.")],
+    target_size: Annotated[str | None, typer.Option(help="The most the file may have: 1.4MB, 900kB or bytes.")] = None,
+    max_drop: Annotated[
+        float | None, typer.Option(min=0, help="The most top-1 may lose against float, in points.")
+    ] = None,
+    data: Data = None,
+    recipe: Annotated[str | None, typer.Option(help="All but the bits: a run's own, else int4_ptq.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Validation images, spread over the split.")] = 2048,
+    out: Out = None,
+    input_: Input = None,
+    set_: Settings = None,
+    as_json: AsJson = False,
+) -> None:
+    """Choose layers for 4-bit weights by their noise and write a recipe with them; no training."""
+    if (target_size is None) == (max_drop is None):
+        got = "neither" if target_size is None else "both"
+        raise UserError("--target-size and --max-drop", got, "one of them", "such as --target-size 1.4MB")
+    target = None if target_size is None else _bytes(target_size)
+    finished = (start / "recipe.yaml").is_file()
+    base = recipe or (str(start / "recipe.yaml") if finished else "int4_ptq")
+    task = load_recipe(base).task
+    resolved = _quantizing(base, set_, "ptq" if task == "train" else task, input_, data=data)
+    from hadaptive_q.report.search_listing import search_listing
+    from hadaptive_q.search import Goal, recipe_file
+    from hadaptive_q.search import search as search_bits
+
+    folder = out or Path(f"{_folder(resolved, None)}-search")
+    checkpoint = start / "float.safetensors" if finished else start
+    record = search_bits(resolved, checkpoint, Goal(target, max_drop), folder, samples)
+    if as_json:
+        typer.echo(record.model_dump_json(indent=1))
+        return
+    typer.echo(search_listing(record))
+    typer.echo(f"recipe: {recipe_file(resolved, folder)}; plot: {folder / 'search.png'}")
+
+
+def _bytes(text: str) -> int:
+    """Return the number of bytes that `text` means, with decimal prefixes."""
+    found = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*([kMG]?)B?", text.strip())
+    if not found or not float(found[1]):
+        raise UserError(f"--target-size {text}", "no size", "a number of bytes, with kB or MB behind it", "1.4MB")
+    return int(float(found[1]) * 1000 ** " kMG".index(found[2] or " ") + 0.5)
 
 
 @app.command()

@@ -160,7 +160,7 @@ def _fit(
         seed=recipe.seed + 1,
         title="qat",
         state_file=out / "qat.state",
-        key=f"{recipe.digest()} {_weights_digest(teacher)}",
+        key=f"{recipe.digest()} {weights_digest(teacher)}",
         loss=fit_loss(
             fit,
             ObservedModel(teacher.eval()),
@@ -220,7 +220,8 @@ def _trained(recipe: Recipe, data: ImageData, out: Path) -> HadaptiveNet:
     return model
 
 
-def _weights_digest(model: nn.Module) -> str:
+def weights_digest(model: nn.Module) -> str:
+    """Return a digest of every tensor of `model`."""
     state = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         state.update(name.encode() + tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

@@ -22,6 +22,8 @@ from hadaptive_q.errors import UserError, nearest
 from hadaptive_q.models.config import VARIANTS, InputName, SlotOrder
 
 Share = Annotated[float, Field(ge=0, lt=1)]
+Bits = Literal[4, 8]
+LAYER_KEYS = "quantize.layers."
 
 
 class _Section(BaseModel):
@@ -71,12 +73,14 @@ class QuantizeConfig(_Section):
     """Number formats, how ranges are found, and what the written file takes (`models.config.InputName`).
 
     `pointwise_weight_bits` holds for 1x1 convolutions and linears, except the stem and what a selection's scores are
-    computed from; `weight_bits` for all other layers.
+    computed from; `weight_bits` for all other layers. `layers` has the exceptions, by the name of a layer or of a
+    module around some: 4 for all of them that the runtime has arithmetic for, the stem and the scores' included.
     """
 
     backend: Literal["torchao"] = "torchao"
     weight_bits: Literal[8] = 8
-    pointwise_weight_bits: Literal[4, 8] = 8
+    pointwise_weight_bits: Bits = 8
+    layers: dict[str, Bits] = {}
     activation_bits: Literal[8] = 8
     observer: Literal["minmax", "mse", "histogram", "product"] = "histogram"
     ranges: Literal["observed", "learned"] = "observed"
@@ -208,7 +212,9 @@ def _apply(content: dict[str, Any], setting: str) -> None:
     key, equals, text = setting.partition("=")
     if not equals or not key:
         raise UserError(f"--set {setting}", "no '='", "key=value, such as float.epochs=3")
-    *parents, leaf = key.split(".")
+    # The key of an exception is a layer's name, which has dots of its own.
+    name = key.removeprefix(LAYER_KEYS)
+    *parents, leaf = key.split(".") if name == key else [*LAYER_KEYS.split(".")[:-1], name]
     target = content
     for parent in parents:
         target = target.setdefault(parent, {})

@@ -25,7 +25,7 @@ LAYERS = [
     ["lower"],
     ["report"],
     ["regress"],
-    ["pipeline", "evaluate", "bench", "restore", "explain", "export"],
+    ["pipeline", "evaluate", "bench", "restore", "explain", "export", "search"],
     ["cli", "__main__", "__init__"],
 ]
 FENCES = {
@@ -48,6 +48,7 @@ FENCES = {
     "accelerate": {"train/loop.py"},
     "sklearn": {"data/digits.py"},
     "jinja2": {"report/render.py"},
+    "scipy": {"quant/assignment.py"},
 }
 
 
@@ -118,6 +119,8 @@ def test_refused_habits(path: Path) -> None:
         ["--help"],
         ["qat", "--help"],
         ["explain", "--help"],
+        ["search", "--help"],
+        ["search", "no.safetensors", "--target-size", "many"],
         ["check", "no-such-run", "--budget", "size.ratio < 1"],
         ["recipes"],
         ["qat", "--recipe", "int9"],

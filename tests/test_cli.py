@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,13 @@ import pytest
 import torch
 from PIL import Image
 
+from hadaptive_q import search
 from hadaptive_q.__main__ import main
+from hadaptive_q.cli import _bytes
 from hadaptive_q.lower.onnx import to_onnx
 from hadaptive_q.models.checkpoint import save_model
 from hadaptive_q.models.hadaptive_net import create_model
+from hadaptive_q.recipe import load_recipe
 
 
 def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -48,7 +52,7 @@ def test_a_process_of_its_own() -> None:
     assert_one_clear_line(done, "int88", "'int8'")
     done = subprocess.run([*command[:3], "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0
-    for name in ("train", "qat", "ptq", "eval", "bench", "explain", "export", "import", "info", "recipes"):
+    for name in ("train", "qat", "ptq", "eval", "bench", "explain", "search", "export", "import", "info", "recipes"):
         assert name in done.stdout
 
 
@@ -329,3 +333,48 @@ def test_export_writes_the_program_of_the_run(
 
 def files(folder: Path) -> list[Path]:
     return [folder / "model.pte", folder / "model.onnx"]
+
+
+def test_search_from_a_run(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of one size whatever is in them: lowering takes most of the time and is looked at elsewhere."""
+    monkeypatch.setattr(search, "lower", lambda _: SimpleNamespace(data=bytes(60_000)))
+    (tmp_path / "few.yaml").write_text("source: digits\ncount: 16\n")
+    few = ["--samples", "8", "--set", f"calibration.manifest={json.dumps(str(tmp_path / 'few.yaml'))}"]
+    arguments = ["search", str(run_folder), *few, "--out", str(tmp_path / "out")]
+    done = run(*arguments, "--target-size", "60kB")
+    assert done.returncode == 0, done.stderr
+    assert "0 of 15 layers in 4 bits: 60,000 bytes" in done.stdout
+    assert f"recipe: {tmp_path / 'out' / 'int8_ptq_mixed.yaml'}" in done.stdout
+    assert load_recipe(str(tmp_path / "out" / "int8_ptq_mixed.yaml")).task == "ptq"
+    done = run(*arguments, "--max-drop", "100", "--json")
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout)
+    assert {layer["bits"] for layer in record["layers"]} == {4}, "nothing loses more"
+    assert json.loads((tmp_path / "out" / "search.json").read_text()) == record
+    done = run(*arguments, "--target-size", "9000")
+    assert_one_clear_line(done, "--target-size 9,000 bytes", "60,000", f"{record['smallest_bytes']:,}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["--target-size and --max-drop", "neither"]),
+        (["--target-size", "1MB", "--max-drop", "1"], ["both"]),
+        (["--target-size", "small"], ["--target-size small", "1.4MB"]),
+        (["--target-size", "0"], ["--target-size 0"]),
+        (["--target-size", "1MB"], ["no such file"]),
+        (["--target-size", "1MB", "--recipe", "float"], ["a recipe for train"]),
+        (["--target-size", "1MB", "--recipe", "int9"], ["int9"]),
+    ],
+    ids=str,
+)
+def test_search_mistakes(arguments: list[str], words: list[str], tmp_path: Path) -> None:
+    done = run("search", "nowhere.safetensors", *arguments, "--out", str(tmp_path / "out"))
+    assert_one_clear_line(done, *words)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("1.4MB", 1_400_000), ("900 kB", 900_000), ("123456", 123_456), (".5M", 500_000), ("7B", 7)]
+)
+def test_sizes(text: str, size: int) -> None:
+    assert _bytes(text) == size

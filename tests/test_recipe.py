@@ -118,6 +118,9 @@ def test_settings_reach_what_the_file_leaves_out() -> None:
         ),
         ("quantize.weight_bits=4", "quantize.weight_bits: got 4; expected 8"),
         ("quantize.pointwise_weight_bits=5", "quantize.pointwise_weight_bits: got 5; expected 4 or 8"),
+        ("quantize.layers={head: 5}", "quantize.layers.head: got 5; expected 4 or 8"),
+        ("quantize.layers.head.hidden=5", "quantize.layers.head.hidden: got 5; expected 4 or 8"),
+        ("quantize.layers=4", "quantize.layers: got 4; expected "),
         ("seed=-1", "seed: got -1; expected greater than or equal to 0"),
         ("data=7", "data: got 7; expected a valid string"),
         ("data=2020-01-01", "expected numbers, texts, lists and mappings"),
@@ -202,3 +205,13 @@ def test_text_in_other_languages_passes(tmp_path: Path) -> None:
 def test_parse_recipe_names_its_source() -> None:
     with pytest.raises(UserError, match=r"^report\.json, task: got 'bake'; expected 'train', 'ptq' or 'qat'$"):
         parse_recipe({"name": "x", "task": "bake", "float": {"epochs": 1, "lr": 0.1}}, "report.json")
+
+
+def test_a_layer_is_set_by_its_dotted_name(tmp_path: Path) -> None:
+    recipe = load_recipe("int4_ptq", ["quantize.layers.head.hidden=8", "quantize.layers.tail=4"])
+    assert recipe.quantize.layers == {"head.hidden": 8, "tail": 4}
+    assert recipe == load_recipe("int4_ptq", ["quantize.layers={tail: 4, head.hidden: 8}"])
+    assert recipe.digest() == load_recipe("int4_ptq", ["quantize.layers={tail: 4, head.hidden: 8}"]).digest()
+    assert recipe.digest() != load_recipe("int4_ptq").digest()
+    (tmp_path / "again.yaml").write_text(recipe.to_yaml())
+    assert load_recipe(str(tmp_path / "again.yaml")) == recipe

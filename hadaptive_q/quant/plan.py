@@ -7,15 +7,17 @@ source's codes. Everything else stays in float: the scores that select channels,
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 from torch.fx import GraphModule, Node
 
+from hadaptive_q.errors import UserError, nearest
 from hadaptive_q.quant.formats import ActivationFormat, WeightFormat
 from hadaptive_q.quant.image_grid import PIXEL_RANGE, rearranged
-from hadaptive_q.recipe import QuantizeConfig
+from hadaptive_q.recipe import Bits, QuantizeConfig
 from hadaptive_q.rewrite.graph import ACTIVATIONS, aten, constant, is_pointwise, module_path
 from hadaptive_q.rewrite.products import find_products
 
@@ -43,14 +45,19 @@ class Plan:
 
 
 def make_plan(graph: GraphModule, config: QuantizeConfig) -> Plan:
-    """Resolve `config` on the deploy graph `graph`."""
+    """Resolve `config` on the deploy graph `graph`.
+
+    Raises UserError where `config.layers` names no layer, or none that can have the bits it is given.
+    """
     activation = ActivationFormat(config.activation_bits)
     plan = Plan()
     scored = {product.mixed for product in find_products(graph) if product.choice}
+    exceptions = _exceptions(graph, config.layers)
     for node in graph.graph.nodes:
         if _is_weighted(graph, node):
-            small = node.name not in scored and _takes_four_bits(graph, node)
-            plan.weights[node.name] = WeightFormat(config.pointwise_weight_bits if small else config.weight_bits)
+            small = node.name not in scored and not module_path(node).startswith(STEM) and takes_four_bits(graph, node)
+            bits = config.pointwise_weight_bits if small else config.weight_bits
+            plan.weights[node.name] = WeightFormat(exceptions.get(node.name, bits))
         if not _computes_on_codes(graph, node):
             continue
         for tensor in (*_activation_inputs(node), node):
@@ -82,16 +89,33 @@ def _is_weighted(graph: GraphModule, node: Node) -> bool:
     return node.target in WEIGHTED and isinstance(constant(graph, node.args[1]), nn.Parameter)
 
 
-def _takes_four_bits(graph: GraphModule, node: Node) -> bool:
-    """Whether the runtime has arithmetic for 4-bit weights of the layer `node`, which is none of the stem's."""
-    weight = constant(graph, node.args[1])
-    assert weight is not None
+def takes_four_bits(graph: GraphModule, node: Node) -> bool:
+    """Whether `node` is a layer for which the runtime has arithmetic with 4-bit weights."""
+    weight = constant(graph, node.args[1]) if _is_weighted(graph, node) else None
+    if weight is None:
+        return False
     rows, columns = weight.shape[:2]
     # Rows of an odd number of columns: the ahead-of-time code pads each to whole bytes, the runtime reads on.
     # One row: it loses its dimension on the way, unless it is a linear's.
-    if columns % 2 or module_path(node).startswith(STEM):
+    if columns % 2:
         return False
     return node.target == aten.linear.default or (rows > 1 and is_pointwise(graph, node))
+
+
+def _exceptions(graph: GraphModule, layers: Mapping[str, Bits]) -> dict[str, Bits]:
+    """Return the bits that `layers` gives to single nodes; of two names around a layer, the inner one decides."""
+    found: dict[str, Bits] = {}
+    for name, bits in sorted(layers.items(), key=lambda item: item[0].count(".")):
+        able = [n for n in graph.graph.nodes if _is_weighted(graph, n) and (bits == 8 or takes_four_bits(graph, n))]
+        inside = [node.name for node in able if f"{module_path(node)}.".startswith(f"{name}.")]
+        if not inside:
+            parts = [module_path(node).split(".") for node in able]
+            known = {".".join(path[:depth]) for path in parts for depth in range(1, len(path) + 1)}
+            got = f"no layer that can have {bits}-bit weights"
+            wanted = "a layer of the network, such as head.classifier, or a module around some"
+            raise UserError(f"quantize.layers, {name}", got, wanted, nearest(name, known))
+        found.update(dict.fromkeys(inside, bits))
+    return found
 
 
 def _computes_on_codes(graph: GraphModule, node: Node) -> bool:

@@ -7,18 +7,17 @@ once more with the reference's selections held.
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule
 
 from hadaptive_q.lower.parity import sqnr_db
 from hadaptive_q.quant.sites import Site
 from hadaptive_q.report.explanation import Blame
-
-PIXELS = 64 * 64 * 64  # of a batch: every value it makes on its way through the graph is kept in memory
+from hadaptive_q.rewrite.kept_run import KeptRun, kept_batches
 
 
 @dataclass
@@ -52,9 +51,9 @@ def measure_blame(
     choices = {node for node in graph.graph.nodes if node.name in selections}
     total, runs = _Runs(), [_Runs() for _ in asked]
     plain: list[Tensor] = []
-    for batch in inputs.split(max(1, PIXELS // inputs[0, 0].numel())):
+    for batch in kept_batches(inputs):
         _switch(every, on=False)
-        still = _KeptRun(graph, batch)
+        still = KeptRun(graph, batch)
         plain.append(still.logits)
         for site, kept in zip(asked, runs, strict=True):
             site.switch(True)
@@ -64,7 +63,7 @@ def measure_blame(
         _switch(every, on=True)
         total.held.append(still.again([place for site in every for place in site.places], choices))
         del still  # its values are no longer needed, and the next run has as many
-        rounded = _KeptRun(graph, batch)
+        rounded = KeptRun(graph, batch)
         total.alone.append(rounded.logits)
         for site, kept in zip(asked, runs, strict=True):
             site.switch(False)
@@ -92,24 +91,3 @@ def _blame(plain: Tensor, rounded: Tensor, runs: _Runs) -> Blame:
 
 def _noise(reference: Tensor, noisy: Tensor) -> float:
     return float((reference.double() - noisy.double()).square().sum())
-
-
-class _KeptRun(Interpreter):
-    """One run whose values are kept, so that a change costs only what lies behind it."""
-
-    def __init__(self, graph: GraphModule, inputs: Tensor) -> None:
-        super().__init__(graph, garbage_collect_values=False)
-        self.inputs = inputs
-        self.logits: Tensor = self.run(inputs)
-        self.kept = dict(self.env)
-
-    def again(self, changed: Sequence[Node], held: Set[Node] = frozenset()) -> Tensor:
-        """Return the logits with `changed` and everything behind it computed anew, up to what is `held`."""
-        behind = set(changed)
-        todo = list(changed)
-        while todo:
-            users = [user for user in todo.pop().users if user not in behind and user not in held]
-            behind.update(users)
-            todo += users
-        out: Tensor = self.run(self.inputs, initial_env={n: v for n, v in self.kept.items() if n not in behind})
-        return out

@@ -1,4 +1,4 @@
-"""Plots of a report as SVG text."""
+"""Plots: those of a report as SVG text, that of a search as PNG."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from hadaptive_q.report.explanation import Explanation
 from hadaptive_q.report.listing import tensor_label
 from hadaptive_q.report.record import LayerRecord, Report
+from hadaptive_q.report.search_record import SearchRecord
 
 FLOAT_COLOR, INT8_COLOR, WARM, GRID = "#8a8f98", "#2f6fde", "#d9822b", "#d8dce2"
 WIDTH = 9.0
@@ -122,3 +123,34 @@ def _blame(explanation: Explanation) -> str:
     axes[0].set_yticks(range(len(tensors)), [tensor_label(tensor) for tensor in tensors], fontsize=7)
     axes[0].set_ylim(len(tensors) - 0.5, -0.5)
     return _svg(figure)
+
+
+def pareto_png(record: SearchRecord) -> bytes:
+    """Return a PNG of what every file size costs: predicted noise, and what was measured of the chosen layers."""
+    figure = _figure(4.0)
+    axis = figure.subplots()
+    # Nothing in 4 bits adds no noise, which a logarithm cannot show.
+    front = [point for point in record.front if point.noise > 0]
+    axis.plot(
+        [point.pte_bytes / 1e6 for point in front],
+        [point.noise for point in front],
+        color=FLOAT_COLOR,
+        marker=".",
+        label="least sum of single noises",
+    )
+    measured = [("4-bit weights of the choice, together", record.joint_noise, INT8_COLOR, "o")]
+    measured.append(("the choice, calibrated anew", record.program_noise, WARM, "x"))
+    for label, noise, color, marker in measured:
+        if noise > 0:
+            axis.plot([record.pte_bytes / 1e6], [noise], color=color, marker=marker, linestyle="", label=label)
+    axis.set_yscale("log")
+    axis.set_xlabel("file, MB")
+    axis.set_ylabel("noise on the int8 logits over their power")
+    axis.set_title(f"{record.model} on {record.data}: size against noise", fontsize=10, loc="left")
+    axis.grid(color=GRID)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(fontsize=8, frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
+    return buffer.getvalue()

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, cat, nn
 from torch.fx import GraphModule, Node
 
+from hadaptive_q.errors import UserError
 from hadaptive_q.quant.formats import ActivationFormat, WeightFormat
 from hadaptive_q.quant.image_grid import VIEWS as IMAGE_VIEWS
 from hadaptive_q.quant.plan import Plan, make_plan
-from hadaptive_q.recipe import QuantizeConfig
+from hadaptive_q.recipe import Bits, QuantizeConfig
 from hadaptive_q.rewrite.deploy import deploy_graph
 from hadaptive_q.rewrite.graph import ACTIVATIONS, aten, calls, constant, module_path, trace
 from hadaptive_q.rewrite.products import find_products
@@ -276,3 +277,46 @@ def test_four_bits_are_for_what_the_runtime_has_arithmetic_for(layer: nn.Module,
     channels = getattr(layer, "in_channels", 4)
     plan = make_plan(trace(nn.Sequential(nn.Conv2d(3, channels, 1), layer), 8), QuantizeConfig(pointwise_weight_bits=4))
     assert [form.bits for form in plan.weights.values()] == [8, bits]
+
+
+def bits_by_layer(graph: GraphModule, config: QuantizeConfig) -> dict[str, int]:
+    plan = make_plan(graph, config)
+    return {module_path(n): plan.weights[n.name].bits for n in graph.graph.nodes if n.name in plan.weights}
+
+
+def test_a_layer_may_be_an_exception(nano_graph: GraphModule) -> None:
+    usual = bits_by_layer(nano_graph, QuantizeConfig(pointwise_weight_bits=4))
+    assert usual["head.hidden"] == 4
+    found = bits_by_layer(nano_graph, QuantizeConfig(pointwise_weight_bits=4, layers={"head.hidden": 8}))
+    assert found == usual | {"head.hidden": 8}
+    usual = bits_by_layer(nano_graph, QuantizeConfig())
+    # What no recipe gives 4 bits by itself: the stem, and what scores are computed from.
+    for name in ("tail.conv", "stem.1.conv", "blocks.2.expansion.pointwise"):
+        assert bits_by_layer(nano_graph, QuantizeConfig(layers={name: 4})) == usual | {name: 4}
+
+
+def test_a_module_stands_for_the_layers_in_it_and_the_inner_name_decides(nano_graph: GraphModule) -> None:
+    usual = bits_by_layer(nano_graph, QuantizeConfig())
+    able = ["blocks.0.expansion.primary.conv", "blocks.0.projection.conv"]
+    inside = [name for name in usual if name.startswith("blocks.0.")]
+    assert set(able) < set(inside), "a depthwise convolution keeps 8 bits"
+    assert bits_by_layer(nano_graph, QuantizeConfig(layers={"blocks.0": 4})) == usual | dict.fromkeys(able, 4)
+    for layers in ({"blocks.0": 4, able[1]: 8}, {able[1]: 8, "blocks.0": 4}):
+        found = bits_by_layer(nano_graph, QuantizeConfig(layers=layers))
+        assert found == usual | {able[0]: 4}
+
+
+@pytest.mark.parametrize(
+    ("name", "bits", "hint"),
+    [
+        ("head.hiden", 4, "did you mean 'head.hidden'?"),
+        ("blocks.22", 8, "did you mean 'blocks.2'?"),
+        ("block", 4, "did you mean 'blocks'?"),
+        ("blocks.0.depthwise", 4, "got no layer that can have 4-bit weights"),
+        ("", 4, "got no layer that can have 4-bit weights"),
+    ],
+)
+def test_an_exception_for_no_layer(name: str, bits: Bits, hint: str, nano_graph: GraphModule) -> None:
+    with pytest.raises(UserError, match=r"quantize\.layers, ") as caught:
+        make_plan(nano_graph, QuantizeConfig(layers={name: bits}))
+    assert hint in str(caught.value)

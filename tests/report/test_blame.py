@@ -14,8 +14,8 @@ from hadaptive_q.quant.backends import torchao_pt2e as backend
 from hadaptive_q.quant.plan import make_plan
 from hadaptive_q.quant.sites import Site, find_sites
 from hadaptive_q.recipe import QuantizeConfig
-from hadaptive_q.report import blame
 from hadaptive_q.report.blame import Blames, measure_blame
+from hadaptive_q.rewrite import kept_run
 from hadaptive_q.rewrite.deploy import deploy_graph
 from hadaptive_q.rewrite.products import find_products
 
@@ -97,7 +97,7 @@ def test_held_selections_are_those_of_the_plain_run(
     if not choices:
         assert torch.equal(blames.held, blames.rounded)
         return
-    interpreter = blame._KeptRun
+    interpreter = kept_run.KeptRun
     for site in sites:
         site.switch(False)
     plain = interpreter(graph, inputs)
@@ -127,7 +127,7 @@ def test_batches_do_not_matter(
     # Convolutions that take images one by one: others sum in an order that depends on the batch, and swap equal ranks.
     with torch.backends.mkldnn.flags(enabled=False):
         whole = measure_blame(graph, sites, asked[:2], choices, inputs)
-        monkeypatch.setattr(blame, "PIXELS", 12 * inputs[0, 0].numel())
+        monkeypatch.setattr(kept_run, "PIXELS", 12 * inputs[0, 0].numel())
         again = measure_blame(graph, sites, asked[:2], choices, inputs)
     torch.testing.assert_close(again.rounded, whole.rounded)
     for got, wanted in zip(again.sites, whole.sites, strict=True):

@@ -255,27 +255,53 @@ def snap_biases(graph: GraphModule) -> None:
     against the file's by a fraction of its step, and a few results in a thousand by one code.
     Raises UserError for a bias that leaves an accumulator of 4-bit weights no room.
     """
-    # Duplicates too: tensors that share a scale share one quantizer under several names.
-    modules = dict(graph.named_modules(remove_duplicate=False))
     for node in graph.graph.nodes:
-        bias = constant(graph, node.args[2]) if node.target in WEIGHTED and len(node.args) > 2 else None
-        inputs = [modules.get(str(argument.target)) for argument in node.args[:2]] if bias is not None else []
-        if bias is None or not isinstance(inputs[0], ActivationFakeQuantize):
+        found = bias_codes(graph, node)
+        if found is None:
             continue
-        weight = constant(graph, node.args[1].args[0])
-        assert weight is not None
-        assert isinstance(inputs[1], PerChannelWeightFakeQuantize)
-        inputs[1](weight)
-        step = inputs[0].calculate_qparams()[0].double() * inputs[1].calculate_qparams()[0].double()
-        codes = (bias.double() / step).round()
-        if inputs[1].quant_max == WeightFormat(4).code_range[1] and codes.abs().max() > LARGEST_SHIFTED_BIAS:
+        bias, codes, step = found
+        if has_four_bits(graph, node) and codes.abs().max() > LARGEST_SHIFTED_BIAS:
+            name = module_path(node)
             raise UserError(
-                module_path(node),
+                name,
                 f"a bias of {codes.abs().max():.0f} steps of its accumulator",
                 f"at most {LARGEST_SHIFTED_BIAS} with 4-bit weights",
-                "quantize.pointwise_weight_bits=8",
+                f"quantize.layers.{name}=8",
             )
         bias.copy_(codes * step)
+
+
+def bias_codes(graph: GraphModule, node: Node) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Return the bias of the quantized layer `node`, its codes (unclipped) and their step ``s_x s_w``, per channel.
+
+    None where `node` is no such layer or has no bias.
+    """
+    bias = constant(graph, node.args[2]) if node.target in WEIGHTED and len(node.args) > 2 else None
+    quantizers = [_module(graph, argument) for argument in node.args[:2]] if bias is not None else []
+    if bias is None or not isinstance(quantizers[0], ActivationFakeQuantize):
+        return None
+    weight = constant(graph, node.args[1].args[0])  # type: ignore[union-attr]
+    assert weight is not None
+    quantizer = weight_quantizer(graph, node)
+    quantizer(weight)
+    step = quantizers[0].calculate_qparams()[0].double() * quantizer.calculate_qparams()[0].double()
+    return bias, (bias.double() / step).round(), step
+
+
+def has_four_bits(graph: GraphModule, node: Node) -> bool:
+    """Whether the weights of the quantized layer `node` are rounded to 4 bits."""
+    return weight_quantizer(graph, node).quant_max == WeightFormat(4).code_range[1]
+
+
+def weight_quantizer(graph: GraphModule, node: Node) -> PerChannelWeightFakeQuantize:
+    """Return the fake-quantizer of the weights of the layer `node`."""
+    found = _module(graph, node.args[1])
+    assert isinstance(found, PerChannelWeightFakeQuantize)
+    return found
+
+
+def _module(graph: GraphModule, node: object) -> torch.nn.Module | None:
+    return graph.get_submodule(str(node.target)) if isinstance(node, Node) and node.op == "call_module" else None
 
 
 def convert(calibrated: Calibrated, preprocess: Preprocess, input_: InputName = "float32") -> QuantizedProgram:
