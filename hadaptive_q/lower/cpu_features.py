@@ -14,6 +14,6 @@ def wanted_arm_features(plan: Plan) -> tuple[str, ...]:
 
     No file needs anything beyond ARMv8.0: the runtime has a kernel for every CPU and all give the same codes. But for
     4-bit weights it has dot products or one number at a time: Hadaptive-Net-S takes 1.03 times the instructions of its
-    int8 file on Cortex-A76, and 3.9 times on Cortex-A53, 4.7 times on A72, which have no dot products.
+    int8 file on Cortex-A76, and 4.0 times on Cortex-A53, which has no dot products.
     """
     return (DOT_PRODUCTS,) if WeightFormat(4) in plan.weights.values() else ()
