@@ -6,18 +6,22 @@ import json
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from stock import stock_float, stock_int4, stock_int8
+from torch import Tensor
 
 from hadaptive_q.atomic import output_folder, write_bytes, write_text
 from hadaptive_q.data.calibration import batches, find_manifest, resolve
+from hadaptive_q.data.datasets import ImageData
 from hadaptive_q.data.sources import open_data
 from hadaptive_q.lower.parity import agreement, compare, sqnr_db, top1
 from hadaptive_q.lower.runtime import PteFile
 from hadaptive_q.models.checkpoint import load_model
+from hadaptive_q.models.hadaptive_net import HadaptiveNet
 from hadaptive_q.pipeline import quantize
 from hadaptive_q.recipe import Recipe
 from hadaptive_q.report.record import Report
@@ -66,12 +70,9 @@ def stock_row(data_name: str, seed: int, checkpoint: Path, kept: Path) -> Row:
     """Return the figures of the stock recipe on the same float model, calibrated on the very same samples."""
     if kept.is_file():
         return _shown(json.loads(kept.read_text()))
-    model = load_model(checkpoint)
-    preprocess = model.preprocess
-    assert preprocess is not None
-    data = open_data(data_name, preprocess.image_size)
-    manifest = resolve(find_manifest("auto", data), data)
-    program, file = stock_int8(model, batches(manifest, data, 64), preprocess.image_size)
+    model, data, samples = _stock_case(data_name, checkpoint)
+    preprocess = data.preprocess
+    program, file = stock_int8(model, samples, preprocess.image_size)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "stock.pte"
         write_bytes(path, file)
@@ -103,12 +104,9 @@ def stock_int4_row(data_name: str, seed: int, checkpoint: Path, kept: Path) -> R
     """Return the figures of the stock recipe with 4-bit weights; it makes a program, but no file that loads."""
     if kept.is_file():
         return _shown(json.loads(kept.read_text()))
-    model = load_model(checkpoint)
-    preprocess = model.preprocess
-    assert preprocess is not None
-    data = open_data(data_name, preprocess.image_size)
-    manifest = resolve(find_manifest("auto", data), data)
-    program = stock_int4(model, batches(manifest, data, 64), preprocess.image_size)
+    model, data, samples = _stock_case(data_name, checkpoint)
+    preprocess = data.preprocess
+    program = stock_int4(model, samples, preprocess.image_size)
     reference, labels = predict(model, data.val, preprocess)
     converted, _ = predict(program, data.val, preprocess)
     row = {
@@ -125,6 +123,16 @@ def stock_int4_row(data_name: str, seed: int, checkpoint: Path, kept: Path) -> R
     }
     write_text(kept, json.dumps(row))
     return _shown(row)
+
+
+def _stock_case(data_name: str, checkpoint: Path) -> tuple[HadaptiveNet, ImageData, Iterable[Tensor]]:
+    """Return the float network, the data as it was trained to see it, and the calibration samples of our recipes."""
+    model = load_model(checkpoint)
+    assert model.preprocess is not None
+    data = open_data(data_name, model.preprocess.image_size)
+    manifest = resolve(find_manifest("auto", data), data)
+    samples = batches(manifest, data, 64)
+    return model, replace(data, preprocess=model.preprocess), samples
 
 
 def _shown(row: Row) -> Row:

@@ -13,11 +13,9 @@ from hadaptive_q.arm.count import count_instructions
 from hadaptive_q.arm.operators import count_operators
 from hadaptive_q.errors import UserError
 from hadaptive_q.lower.latency import latencies
-from hadaptive_q.lower.runtime import PteFile, native_log
+from hadaptive_q.lower.runtime import TYPES, PteFile, native_log
 
-# The runtime's numbers of types, which are torch's.
-TYPES = {0: "uint8", 1: "int8", 3: "int32", 4: "int64", 5: "float16", 6: "float32", 7: "float64", 11: "bool"}
-TAKEN = {0, 6}
+TAKEN = ("uint8", "float32")
 
 
 class BenchFile(PteFile):
@@ -29,7 +27,7 @@ class BenchFile(PteFile):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         found = self._inputs()
-        if found not in [[TYPES[kind]] for kind in TAKEN]:
+        if found not in [[name] for name in TAKEN]:
             count = {0: "no input", 1: "an input"}.get(len(found), f"{len(found)} inputs")
             raise UserError(
                 f"file {path}",

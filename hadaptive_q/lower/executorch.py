@@ -45,7 +45,9 @@ def lower(program: ExportedProgram) -> Lowered:
 
     def tidied(graph: GraphModule) -> PassResult:
         """Tidy every delegate, as a pass over the program's graph, which stays as it is."""
-        delegates[:] = [_tidy(module, graphs) for _, module in graph.named_children() if _is_lowered(module)]
+        delegates[:] = [
+            _tidy(module, graphs) for module in graph.children() if isinstance(module, LoweredBackendModule)
+        ]
         return PassResult(graph, True)
 
     with quiet("executorch", "torch.export", "root"):
@@ -53,10 +55,6 @@ def lower(program: ExportedProgram) -> Lowered:
             edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner(configs=_CONFIGS)])
         manager: ExecutorchProgramManager = edge.transform([tidied]).to_executorch()
     return Lowered(bytes(manager.buffer), measure_coverage(manager.exported_program(), delegates))
-
-
-def _is_lowered(module: object) -> bool:
-    return isinstance(module, LoweredBackendModule)
 
 
 def _tidy(module: LoweredBackendModule, graphs: Mapping[bytes, Any]) -> Delegate:

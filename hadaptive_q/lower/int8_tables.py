@@ -2,10 +2,12 @@
 
 The stock XNNPACK runtime runs an element-wise function from int8 to int8 as a table; only the ahead-of-time partitioner
 takes these functions as float only. Configurations that also offer the static quantized pattern are all that is
-missing, and the unmodified runtime runs the file. Another function is one more class and one more entry.
+missing, and the unmodified runtime runs the file. Another function is one more entry.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from executorch.backends.xnnpack.partition.config.generic_node_configs import (
     GeluConfig,
@@ -15,41 +17,16 @@ from executorch.backends.xnnpack.partition.config.generic_node_configs import (
 )
 from executorch.backends.xnnpack.partition.config.xnnpack_config import ConfigPrecisionType
 
-_PRECISIONS = [ConfigPrecisionType.FP32, ConfigPrecisionType.STATIC_QUANT]
 
+def _also_int8(config: Any) -> Any:
+    """Return `config`, that of a function in float, with its form between a dequantize and a quantize operator."""
 
-class Int8HardswishConfig(HardswishConfig):  # type: ignore[misc]
-    """Hardswish in float, or between a dequantize and a quantize operator in int8."""
+    class Int8Config(config):  # type: ignore[misc]
+        def supported_precision_types(self) -> list[ConfigPrecisionType]:
+            return [ConfigPrecisionType.FP32, ConfigPrecisionType.STATIC_QUANT]
 
-    def supported_precision_types(self) -> list[ConfigPrecisionType]:
-        return _PRECISIONS
-
-
-class Int8SigmoidConfig(SigmoidConfig):  # type: ignore[misc]
-    """Sigmoid, likewise."""
-
-    def supported_precision_types(self) -> list[ConfigPrecisionType]:
-        return _PRECISIONS
-
-
-class Int8TanhConfig(TanhConfig):  # type: ignore[misc]
-    """Tanh, likewise."""
-
-    def supported_precision_types(self) -> list[ConfigPrecisionType]:
-        return _PRECISIONS
-
-
-class Int8GeluConfig(GeluConfig):  # type: ignore[misc]
-    """GELU, likewise."""
-
-    def supported_precision_types(self) -> list[ConfigPrecisionType]:
-        return _PRECISIONS
+    return Int8Config
 
 
 # In the place of the stock partitioner's configurations.
-TABLES = {
-    HardswishConfig: Int8HardswishConfig,
-    SigmoidConfig: Int8SigmoidConfig,
-    TanhConfig: Int8TanhConfig,
-    GeluConfig: Int8GeluConfig,
-}
+TABLES = {config: _also_int8(config) for config in (HardswishConfig, SigmoidConfig, TanhConfig, GeluConfig)}

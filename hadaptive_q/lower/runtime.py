@@ -20,8 +20,8 @@ from hadaptive_q.errors import UserError
 from hadaptive_q.lower.file_input import FileInput
 from hadaptive_q.models.config import Preprocess
 
-# In the runtime's numbering, which is torch's.
-_TYPES = {0: "uint8", 6: "float32"}
+# By the runtime's numbers of types, which are torch's.
+TYPES = {0: "uint8", 1: "int8", 3: "int32", 4: "int64", 5: "float16", 6: "float32", 7: "float64", 11: "bool"}
 
 
 class PteFile:
@@ -53,7 +53,7 @@ class PteFile:
     def input(self) -> FileInput:
         """The type and the sizes of the input the file was written for."""
         meta = self._method.metadata.input_tensor_meta(0)
-        return FileInput(_TYPES.get(int(meta.dtype()), f"type {int(meta.dtype())}"), tuple(meta.sizes()))
+        return FileInput(TYPES.get(int(meta.dtype()), f"type {int(meta.dtype())}"), tuple(meta.sizes()))
 
     def example(self) -> Tensor:
         """Return an input of the right shape and type, pseudo-random and always the same."""

@@ -17,11 +17,8 @@ VIEWS = (aten.view.default, aten.view_copy.default, aten.reshape.default, aten.p
 
 def image_readers(image: Node, target: Any) -> Iterator[Node]:
     """Yield the calls of `target` that read `image` as it is or rearranged."""
-    for reader in image.users:
-        if reader.target == target:
-            yield reader
-        elif reader.target in VIEWS:
-            yield from image_readers(reader, target)
+    for form in rearranged(image):
+        yield from (reader for reader in form.users if reader.target == target)
 
 
 def rearranged(image: Node) -> Iterator[Node]:

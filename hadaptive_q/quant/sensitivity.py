@@ -68,25 +68,26 @@ def measure_sensitivity(graph: GraphModule, layers: Sequence[FourBitLayer], inpu
     `graph` is calibrated, with 8-bit weights everywhere.
     """
     able = [layer for layer in layers if _has_room(graph, layer)]
-    noise = [0.0] * len(able)
-    power = 0.0
-    for batch in kept_batches(inputs):
-        run = KeptRun(graph, batch)
-        power += float(run.logits.double().square().sum())
-        for index, layer in enumerate(able):
-            noise[index] += _squared_error(run, graph, [layer])
-    return [dataclasses.replace(layer, sensitivity=n / power) for layer, n in zip(able, noise, strict=True)]
+    noises = _noises(graph, [[layer] for layer in able], inputs)
+    return [dataclasses.replace(layer, sensitivity=noise) for layer, noise in zip(able, noises, strict=True)]
+
+
+def joint_noise(graph: GraphModule, layers: Sequence[FourBitLayer], inputs: Tensor) -> float:
+    """Return the noise that all of `layers` add together, in the unit of a sensitivity."""
+    (noise,) = _noises(graph, [layers], inputs)
+    return noise
 
 
 @torch.no_grad()
-def joint_noise(graph: GraphModule, layers: Sequence[FourBitLayer], inputs: Tensor) -> float:
-    """Return the noise that all of `layers` add together, in the unit of a sensitivity."""
-    noise = power = 0.0
+def _noises(graph: GraphModule, choices: Sequence[Sequence[FourBitLayer]], inputs: Tensor) -> list[float]:
+    """Return the noise that each of `choices` adds by itself."""
+    noise, power = [0.0] * len(choices), 0.0
     for batch in kept_batches(inputs):
         run = KeptRun(graph, batch)
         power += float(run.logits.double().square().sum())
-        noise += _squared_error(run, graph, layers)
-    return noise / power
+        for index, layers in enumerate(choices):
+            noise[index] += _squared_error(run, graph, layers)
+    return [each / power for each in noise]
 
 
 @contextmanager
