@@ -201,6 +201,9 @@ def bench(
             ratio = _share(shares["arm"].get(name))
             classes = ", ".join(f"{kind} {count:,}" for kind, count in cost["by_class"].items())
             typer.echo(f"  {name}: {cost['instructions']:,} instructions{ratio} ({classes})")
+            if cost["missing_features"]:
+                lacking = ", ".join(cost["missing_features"])
+                typer.echo(f"    wants {lacking}, which {name} lacks: 4-bit weights ran by a scalar fallback")
             for operator, count in cost.get("operators", {}).items():
                 typer.echo(f"    {count:>12,}  {operator}")
 

@@ -302,7 +302,7 @@ def _measure(
             **{f"onnx_{key}": value for key, value in onnx_parity.items()},
         ),
         coverage=CoverageRecord(
-            **asdict(lowered.coverage), wanted_arm_features=list(wanted_arm_features(program.plan))
+            **asdict(lowered.coverage), wanted_arm_features=list(wanted_arm_features(lowered.data))
         ),
         input=InputRecord(dtype=file.input.dtype, shape=list(file.input.shape)),
         ach=measure.measure_ach(deploy, program, inputs, overlap),
