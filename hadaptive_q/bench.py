@@ -17,10 +17,10 @@ from hadaptive_q.lower.runtime import PteFile
 
 
 def bench_files(files: Sequence[Path], cores: Sequence[str], operators: bool = False) -> list[dict[str, Any]]:
-    """Return `file`, `bytes`, `wanted_arm_features`, `host_ms_median`, `host_ms_spread` and `arm` by core of every file.
+    """Return the cost of every file: `file`, `bytes`, `wanted_arm_features`, `host_ms_median`, `host_ms_spread`, `arm`.
 
-    Latency is that of `lower.latency`. `arm` holds `instructions`, `by_class`, `missing_features` (those wanted that the
-    core lacks: it took slower kernels), and with `operators` these, summed by name.
+    Latency is that of `lower.latency`. `arm` holds by core `instructions`, `by_class`, `missing_features` (wanted ones
+    that the core lacks: it took slower kernels), and with `operators` these, summed by name.
     Raises UserError for a file that the runtime refuses, for one with other inputs than a tensor of floats or bytes,
     for an unknown core or a missing emulator, and where operators are wanted of no core.
     """

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from hadaptive_q.arm.cores import CORES
+from hadaptive_q.arm.cores import CORES, find_core
 from hadaptive_q.errors import UserError, nearest
 from hadaptive_q.lower.file_formats import FORMATS, find_formats
 from hadaptive_q.models.config import INPUTS, VARIANTS
@@ -180,7 +180,6 @@ def bench(
     as_json: AsJson = False,
 ) -> None:
     """Measure latency on this host and instructions per inference on emulated ARM64 cores."""
-    from hadaptive_q.arm.cores import find_core
     from hadaptive_q.bench import bench_files, ratios
 
     for name in core or []:
@@ -267,12 +266,16 @@ def search(
     data: Data = None,
     recipe: Annotated[str | None, typer.Option(help="All but the bits: a run's own, else int4_ptq.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Validation images, spread over the split.")] = 2048,
+    core: Annotated[
+        str, typer.Option(help=f"Emulated core to count instructions on: {', '.join(CORES)}.")
+    ] = "cortex-a76",
     out: Out = None,
     input_: Input = None,
     set_: Settings = None,
     as_json: AsJson = False,
 ) -> None:
     """Choose layers for 4-bit weights by their noise and write a recipe with them; no training."""
+    find_core(core)
     if (target_size is None) == (max_drop is None):
         got = "neither" if target_size is None else "both"
         raise UserError("--target-size and --max-drop", got, "one of them", "such as --target-size 1.4MB")
@@ -287,7 +290,7 @@ def search(
 
     folder = out or Path(f"{_folder(resolved, None)}-search")
     checkpoint = start / "float.safetensors" if finished else start
-    record = search_bits(resolved, checkpoint, Goal(target, max_drop), folder, samples)
+    record = search_bits(resolved, checkpoint, Goal(target, max_drop), folder, samples, core)
     if as_json:
         typer.echo(record.model_dump_json(indent=1))
         return

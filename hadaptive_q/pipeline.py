@@ -208,6 +208,7 @@ def _trained(recipe: Recipe, data: ImageData, out: Path) -> HadaptiveNet:
     key = hashlib.sha256(json.dumps([*parts, data.preprocess.model_dump(mode="json")]).encode()).hexdigest()
     if read_training_key(target) == key:
         return load_model(target)
+    _check_layers(recipe, data)
     torch.manual_seed(recipe.seed)
     model = create_model(recipe.model, data.num_classes, slot_order=recipe.slot_order)
     model.preprocess = data.preprocess
@@ -218,6 +219,13 @@ def _trained(recipe: Recipe, data: ImageData, out: Path) -> HadaptiveNet:
     save_model(model, target, key)
     discard_state(training)
     return model
+
+
+def _check_layers(recipe: Recipe, data: ImageData) -> None:
+    """Raise UserError for a name in `quantize.layers` that the network will not have: before it is trained."""
+    if recipe.quantize.layers:
+        untrained = create_model(recipe.model, data.num_classes, slot_order=recipe.slot_order).eval()
+        make_plan(deploy_graph(untrained, data.preprocess.image_size), recipe.quantize)
 
 
 def weights_digest(model: nn.Module) -> str:

@@ -40,7 +40,7 @@ FENCES = {
         "lower/pointwise_int4.py",
     },
     "brevitas": {"quant/backends/brevitas.py"},
-    "onnx": {"lower/onnx.py"},
+    "onnx": {"lower/onnx.py", "lower/tidy_onnx.py"},
     "onnxruntime": {"lower/onnx.py"},
     "matplotlib": {"report/plots.py", "data/glyphs.py"},
     "typer": {"cli.py"},

@@ -52,12 +52,12 @@ def make_plan(graph: GraphModule, config: QuantizeConfig) -> Plan:
     activation = ActivationFormat(config.activation_bits)
     plan = Plan()
     scored = {product.mixed for product in find_products(graph) if product.choice}
-    exceptions = _exceptions(graph, config.layers)
+    fixed = exceptions(graph, config.layers)
     for node in graph.graph.nodes:
         if _is_weighted(graph, node):
             small = node.name not in scored and not module_path(node).startswith(STEM) and takes_four_bits(graph, node)
             bits = config.pointwise_weight_bits if small else config.weight_bits
-            plan.weights[node.name] = WeightFormat(exceptions.get(node.name, bits))
+            plan.weights[node.name] = WeightFormat(fixed.get(node.name, bits))
         if not _computes_on_codes(graph, node):
             continue
         for tensor in (*_activation_inputs(node), node):
@@ -102,7 +102,7 @@ def takes_four_bits(graph: GraphModule, node: Node) -> bool:
     return node.target == aten.linear.default or (rows > 1 and is_pointwise(graph, node))
 
 
-def _exceptions(graph: GraphModule, layers: Mapping[str, Bits]) -> dict[str, Bits]:
+def exceptions(graph: GraphModule, layers: Mapping[str, Bits]) -> dict[str, Bits]:
     """Return the bits that `layers` gives to single nodes; of two names around a layer, the inner one decides."""
     found: dict[str, Bits] = {}
     for name, bits in sorted(layers.items(), key=lambda item: item[0].count(".")):
