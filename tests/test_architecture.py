@@ -33,6 +33,7 @@ FENCES = {
     "executorch": {
         "lower/executorch.py",
         "lower/delegate.py",
+        "lower/idle_work.py",
         "lower/runtime.py",
         "lower/int8_tables.py",
         "lower/uint8_input.py",

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.export import ExportedProgram
 
+from hadaptive_q import pipeline
 from hadaptive_q.data.sources import open_data
 from hadaptive_q.errors import UserError
 from hadaptive_q.evaluate import evaluate_file
 from hadaptive_q.lower import file_formats
+from hadaptive_q.lower.executorch import Lowered, lower
 from hadaptive_q.lower.file_input import FileInput
 from hadaptive_q.lower.parity import sqnr_db, top1
 from hadaptive_q.lower.runtime import PteFile
@@ -58,6 +63,24 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("float")
     train_float(small("float"), out)
     return out / "float.safetensors"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def each_program_is_lowered_once() -> Iterator[None]:
+    """Every recipe writes the float file of the one network that they all start from."""
+    made: dict[bytes, Lowered] = {}
+
+    def lower_once(program: ExportedProgram) -> Lowered:
+        digest = hashlib.sha256(str(program).encode())
+        for name, tensor in sorted({**program.state_dict, **program.constants}.items()):
+            digest.update(name.encode() + tensor.detach().contiguous().numpy().tobytes())
+        if digest.digest() not in made:
+            made[digest.digest()] = lower(program)
+        return made[digest.digest()]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "lower", lower_once)
+        yield
 
 
 @pytest.mark.parametrize("name", QUANTIZING)
