@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from hadaptive_q.data.datasets import ImageData
+from hadaptive_q.data.datasets import ImageData, labels_of
 from hadaptive_q.data.sources import open_data
 from hadaptive_q.errors import UserError
 from hadaptive_q.lower.file_formats import FORMATS, find_formats, open_file
@@ -41,7 +40,7 @@ def evaluate_written(name: str, data_name: str) -> dict[str, float | int | str]:
     written = open_file(file)
     data = open_data(data_name, written.input.image_size)
     logits = written.predict(data.val, _beside(file) or data.preprocess)
-    return _result(file, logits, torch.tensor([data.val[i][1] for i in range(len(data.val))]), data)
+    return _result(file, logits, labels_of(data.val), data)
 
 
 def _result(file: Path, logits: Tensor, labels: Tensor, data: ImageData) -> dict[str, float | int | str]:

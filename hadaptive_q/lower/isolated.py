@@ -49,7 +49,8 @@ def isolated(work: Callable[..., Answer], where: str, *arguments: Any, limit_s: 
             raise UserError(where, f"no answer in {limit_s:g} seconds", "a file that its runtime can run") from error
         reply.seek(0)
         noise.seek(0)
-        return _answer(done.returncode, reply.read(), noise.read().decode(errors="replace"), where)
+        answer: Answer = _answer(done.returncode, reply.read(), noise.read().decode(errors="replace"), where)
+        return answer
 
 
 def _answer(status: int, reply: bytes, noise: str, where: str) -> Any:
