@@ -16,8 +16,9 @@ from hadaptive_q.restore import open_run
 def export_run(run: Path, to: Sequence[str], out: Path) -> list[Path]:
     """Write the program of the finished run in the folder `run` to ``out/model.FORMAT`` and return these paths.
 
-    `float.json`, which says how images are prepared, goes with them, and a passport with each. Raises UserError for an unknown format, one whose
-    packages are not installed, a folder that is no finished run, or one that cannot be written.
+    `float.json`, which says how images are prepared, goes with them, and a passport with each. Raises UserError for an
+    unknown format, one whose packages are not installed, a folder that is no finished run, or one that cannot be
+    written.
     """
     formats = find_formats(to)
     finished = open_run(run)
