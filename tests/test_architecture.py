@@ -24,8 +24,8 @@ LAYERS = [
     ["arm"],
     ["lower"],
     ["report"],
-    ["regress"],
-    ["pipeline", "evaluate", "bench", "restore", "explain", "export", "search"],
+    ["regress", "passports"],
+    ["pipeline", "evaluate", "bench", "restore", "explain", "export", "search", "verify"],
     ["cli", "__main__", "__init__"],
 ]
 FENCES = {
