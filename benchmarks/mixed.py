@@ -79,7 +79,9 @@ class Case:
         folder = self.out / f"{self.seed}-search"
         path = self.out / f"{self.seed}-{size}.pte"
         if not path.is_file():
-            search(recipe, self.checkpoint, Goal(target_bytes=size), folder, samples=64)  # accuracy is the file's, below
+            search(
+                recipe, self.checkpoint, Goal(target_bytes=size), folder, samples=64
+            )  # accuracy is the file's, below
             written = load_recipe(str(recipe_file(recipe, folder)))
             manifest = resolve(find_manifest(written.calibration.manifest, self.data), self.data)
             program = quantized_program(written, self.model, self.data, manifest, folder, self.model)

@@ -20,6 +20,7 @@ from hadaptive_q import pipeline
 from hadaptive_q.data.datasets import ImageData, TensorSplit
 from hadaptive_q.data.sources import open_data
 from hadaptive_q.data.transforms import normalise
+from hadaptive_q.lower.executorch import Lowered, lower
 from hadaptive_q.models.ach import DySoft
 from hadaptive_q.models.checkpoint import save_model
 from hadaptive_q.models.config import InputName
@@ -29,7 +30,7 @@ from hadaptive_q.pipeline import quantized_program
 from hadaptive_q.quant.backends import torchao_pt2e as backend
 from hadaptive_q.quant.plan import make_plan
 from hadaptive_q.quant.program import QuantizedProgram
-from hadaptive_q.recipe import QuantizeConfig, load_recipe
+from hadaptive_q.recipe import Bits, QuantizeConfig, load_recipe
 from hadaptive_q.report.record import Report
 from hadaptive_q.rewrite.deploy import deploy_graph
 from hadaptive_q.rewrite.freeze_selection import freeze_selection
@@ -142,16 +143,25 @@ def make_graph(make_nano: Callable[..., HadaptiveNet]) -> Callable[..., GraphMod
 @pytest.fixture(scope="session")
 def make_program(
     make_graph: Callable[..., GraphModule], few_digits: ImageData, inputs: Tensor
-) -> Callable[[str], QuantizedProgram]:
-    """Return a function that gives `make_nano(selection)` in INT8, calibrated on `inputs`; not to be changed."""
+) -> Callable[..., QuantizedProgram]:
+    """Return a function that gives `make_nano(selection)`, calibrated on `inputs`; not to be changed.
+
+    Its pointwise weights have `bits`, 8 unless given.
+    """
 
     @functools.cache
-    def make(selection: str) -> QuantizedProgram:
+    def make(selection: str, bits: Bits = 8) -> QuantizedProgram:
         graph = make_graph(deploy_graph, selection)
-        prepared = backend.prepare(graph, make_plan(graph, QuantizeConfig()), "minmax")
+        prepared = backend.prepare(graph, make_plan(graph, QuantizeConfig(pointwise_weight_bits=bits)), "minmax")
         return backend.convert(backend.calibrate(prepared, [inputs]), few_digits.preprocess)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def make_file(make_program: Callable[[str], QuantizedProgram]) -> Callable[[str], Lowered]:
+    """Return a function that gives the file of `make_program(selection)`."""
+    return functools.cache(lambda selection: lower(make_program(selection).export()))
 
 
 @pytest.fixture
@@ -188,6 +198,12 @@ def make_byte_program(
         return backend.convert(backend.calibrate(prepared, [normalise(images, preprocess)]), preprocess, name)
 
     return made
+
+
+@pytest.fixture(scope="session")
+def make_byte_file(make_byte_program: Callable[[InputName], QuantizedProgram]) -> Callable[[InputName], Lowered]:
+    """Return a function that gives the file of `make_byte_program(name)`."""
+    return functools.cache(lambda name: lower(make_byte_program(name).export()))
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,8 @@ from hadaptive_q.lower.file_input import FileInput
 from hadaptive_q.lower.onnx import OnnxFile, check_scales, onnx_scales, program_scales, to_onnx
 from hadaptive_q.lower.parity import compare, output_scale
 from hadaptive_q.models.config import InputName
-from hadaptive_q.models.hadaptive_net import HadaptiveNet
-from hadaptive_q.quant.backends import torchao_pt2e as backend
 from hadaptive_q.quant.formats import WeightFormat
-from hadaptive_q.quant.plan import make_plan
 from hadaptive_q.quant.program import QuantizedProgram
-from hadaptive_q.recipe import QuantizeConfig
-from hadaptive_q.rewrite.deploy import deploy_graph
 
 SIZE = 32
 
@@ -51,17 +46,11 @@ class Written:
 )
 def written(
     request: pytest.FixtureRequest,
-    make_nano: Callable[..., HadaptiveNet],
-    few_digits: ImageData,
-    inputs: Tensor,
+    make_program: Callable[..., QuantizedProgram],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Written:
     """A calibrated nano network, per-sample selection or frozen, weights of 8 or 4 bits, as an ONNX file."""
-    selection, bits = request.param
-    graph = deploy_graph(make_nano(selection), SIZE)
-    plan = make_plan(graph, QuantizeConfig(pointwise_weight_bits=bits))
-    calibrated = backend.calibrate(backend.prepare(graph, plan, "minmax"), [inputs])
-    program = backend.convert(calibrated, few_digits.preprocess)
+    program = make_program(*request.param)
     data = to_onnx(program)
     path = tmp_path_factory.mktemp("onnx") / "model.onnx"
     path.write_bytes(data)
