@@ -38,7 +38,7 @@ from hadaptive_q.train.loop import predict
 PAGE, PLOT = ROOT / "docs" / "search.md", ROOT / "docs" / "search.png"
 LARGE, SMALL = "int8_ptq", "int4_ptq"
 # Of the way from the file of int4 to that of int8.
-SHARES = (0.0, 0.1, 0.3, 0.6)
+SHARES = (0.0, 0.1, 0.2, 0.35)
 COLUMNS = ("files", "bytes", "of int8", "top-1", "to int8, 95 % of pairs", "like float", "logit SQNR to float")
 
 

@@ -167,8 +167,9 @@ def search(
     front = _front(case)
     if goal.target_bytes is not None:
         choice = _for_size(case, goal.target_bytes)
-        wanted = spread(len(front), MEASURED)
+        wanted = spread(len(front) - 1, MEASURED)
         points = [_point(case, layers, case.top1(layers) if i in wanted else None) for i, layers in enumerate(front)]
+        points[-1] = _point(case, front[-1], int8_top1)
     else:
         assert goal.max_drop is not None
         choice, points = _for_drop(case, goal.max_drop, float_top1, int8_top1, front)

@@ -132,8 +132,8 @@ def test_what_is_measured_hangs_together(found: SearchRecord, folder: Path) -> N
     assert noises == sorted(noises, reverse=True)
     assert (sizes[0], noises[-1]) == (found.smallest_bytes, 0)
     accuracies = [point.top1 for point in found.front if point.top1 is not None]
-    assert len(accuracies) == searching.MEASURED
-    assert accuracies[0] == found.front[0].top1, "from the smallest up"
+    assert len(accuracies) == searching.MEASURED + 1
+    assert (accuracies[0], accuracies[-1]) == (found.front[0].top1, found.int8_top1)
     assert SearchRecord.model_validate_json((folder / "out" / "search.json").read_text()) == found
     assert (folder / "out" / "search.png").read_bytes().startswith(b"\x89PNG")
 

@@ -18,7 +18,7 @@ from hadaptive_q.data.datasets import Split
 from hadaptive_q.errors import UserError
 from hadaptive_q.lower.file_input import FileInput
 from hadaptive_q.lower.quiet import quiet
-from hadaptive_q.lower.tidy_onnx import drop_remarks, move_codes, store_four_bits
+from hadaptive_q.lower.tidy_onnx import MOVING, drop_remarks, move_codes, store_four_bits
 from hadaptive_q.models.config import Preprocess
 from hadaptive_q.quant.arithmetic import Grid
 from hadaptive_q.quant.formats import WeightFormat
@@ -131,7 +131,7 @@ def onnx_scales(model: Any) -> Scales:
         _, scale, zero_point = node.input
         return Grid(float(values[scale]), int(values[zero_point]))
 
-    moved = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type in ("Transpose", "Reshape")}
+    moved = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type in MOVING}
     quantizers = [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
     dequantizers = [node for node in model.graph.node if node.op_type == "DequantizeLinear"]
     (image,) = model.graph.input

@@ -7,7 +7,8 @@ from typing import Any
 
 from onnx import TensorProto, helper, numpy_helper
 
-_MOVING = ("Transpose", "Reshape")
+# Operators that onnxruntime takes for the same on codes as on numbers.
+MOVING = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Slice")
 
 
 def drop_remarks(model: Any) -> None:
@@ -21,7 +22,7 @@ def drop_remarks(model: Any) -> None:
 
 
 def move_codes(model: Any) -> None:
-    """Transpose and reshape codes instead of the numbers they stand for (in place).
+    """Transpose, reshape and slice codes instead of the numbers they stand for (in place).
 
     onnxruntime (1.31) would quantize such a node's result, too, by a QuantizeLinear with the attribute `output_dtype`
     that opset 21 has, and then, on x86, turn int8 into uint8 everywhere but in there. Such a file does not load:
@@ -35,7 +36,7 @@ def move_codes(model: Any) -> None:
         readers = {reader.op_type for reader in graph.node if result in reader.input}
         nodes.append(node)
         # What is quantized again at once needs no help.
-        if node.op_type not in _MOVING or readers == {"QuantizeLinear"} or source.op_type != "DequantizeLinear":
+        if node.op_type not in MOVING or readers == {"QuantizeLinear"} or source.op_type != "DequantizeLinear":
             continue
         codes = f"{result}_codes"
         node.input[0], node.output[0] = source.input[0], codes

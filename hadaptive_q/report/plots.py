@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import textwrap
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -171,8 +172,10 @@ def _accuracy(axis: Axes, record: SearchRecord) -> None:
 def _instructions(axis: Axes, record: SearchRecord) -> None:
     counts = record.instructions
     if counts is None:
-        axis.text(0.5, 0.5, f"none counted: {record.instructions_absent}", transform=axis.transAxes, ha="center")
+        said = textwrap.fill(f"none counted: {record.instructions_absent}", 90)
+        axis.text(0.5, 0.5, said, transform=axis.transAxes, ha="center", fontsize=9)
         axis.set_ylabel("instructions")
+        axis.set_yticks([])
         return
     points = [(point.pte_bytes / 1e6, point.instructions / 1e6) for point in record.front if point.instructions]
     axis.plot(*zip(*points, strict=True), color=FLOAT_COLOR, marker=".", label="sum of what single layers add")
