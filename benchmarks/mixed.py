@@ -38,7 +38,7 @@ from hadaptive_q.train.loop import predict
 PAGE, PLOT = ROOT / "docs" / "search.md", ROOT / "docs" / "search.png"
 LARGE, SMALL = "int8_ptq", "int4_ptq"
 # Of the way from the file of int4 to that of int8.
-SHARES = (0.0, 0.1, 0.2, 0.35)
+SHARES = (0.2, 0.35, 0.0, 0.1)
 COLUMNS = ("files", "bytes", "of int8", "top-1", "to int8, 95 % of pairs", "like float", "logit SQNR to float")
 
 
@@ -99,8 +99,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if not arguments.render:
         for seed in range(arguments.seeds):
-            new = list(_rows(arguments.model, arguments.data, seed, arguments.out))
-            write_results("mixed", [*(row for row in read_results("mixed") if row["seed"] != seed), *new])
+            for row in _rows(arguments.model, arguments.data, seed, arguments.out):
+                kept = {(old["name"], old["seed"]): old for old in [*read_results("mixed"), row]}
+                write_results("mixed", list(kept.values()))
     write_section("mixed", _table, PAGE)
     write_bytes(PLOT, _plot(read_results("mixed")))
 
