@@ -125,7 +125,7 @@ def _rows(model: str, data: str, seed: int, out: Path) -> Iterator[Row]:
     yield from (large, small)
     for share in SHARES:
         size = round(small["bytes"] + share * (large["bytes"] - small["bytes"]))
-        yield case.row(f"searched, {share:.0%}", case.mixed(size, base), answers)[0]
+        yield case.row(f"searched, share {share:.0%}", case.mixed(size, base), answers)[0]
 
 
 def _groups(rows: list[Row]) -> list[list[Row]]:
