@@ -181,6 +181,7 @@ def bench(
 ) -> None:
     """Measure latency on this host and instructions per inference on emulated ARM64 cores."""
     from hadaptive_q.bench import bench_files, ratios
+    from hadaptive_q.report.bench_listing import bench_listing
 
     for name in core or []:
         find_core(name)
@@ -191,24 +192,7 @@ def bench(
     if as_json:
         typer.echo(json.dumps(results))
         return
-    for result in results:
-        shares = result.get("of_compared", {"arm": {}})
-        typer.echo(f"{result['file']}: {result['bytes']:,} bytes{_share(shares.get('bytes'))}")
-        host = f"{result['host_ms_median']:.3f} ms, spread {result['host_ms_spread']:.3f}"
-        typer.echo(f"  this host: {host}{_share(shares.get('host_ms_median'))}")
-        for name, cost in result["arm"].items():
-            ratio = _share(shares["arm"].get(name))
-            classes = ", ".join(f"{kind} {count:,}" for kind, count in cost["by_class"].items())
-            typer.echo(f"  {name}: {cost['instructions']:,} instructions{ratio} ({classes})")
-            if cost["missing_features"]:
-                lacking = ", ".join(cost["missing_features"])
-                typer.echo(f"    wants {lacking}, which {name} lacks: 4-bit weights ran by a scalar fallback")
-            for operator, count in cost.get("operators", {}).items():
-                typer.echo(f"    {count:>12,}  {operator}")
-
-
-def _share(share: float | None) -> str:
-    return "" if share is None else f", {share:.3f} of the compared file"
+    typer.echo(bench_listing(results))
 
 
 @app.command()
