@@ -33,7 +33,8 @@ from hadaptive_q.models.checkpoint import load_model, read_training_key, save_mo
 from hadaptive_q.models.config import VARIANTS
 from hadaptive_q.models.hadaptive_net import HadaptiveNet, create_model
 from hadaptive_q.models.pixels import take_pixels
-from hadaptive_q.quant.backends import torchao_pt2e as backend
+from hadaptive_q.quant.backends import torchao_pt2e
+from hadaptive_q.quant.backends.select import Backend, find_backend
 from hadaptive_q.quant.backends.torchao_pt2e import Calibrated
 from hadaptive_q.quant.damping import oscillation_damping
 from hadaptive_q.quant.interpreter import IntegerProgram
@@ -84,6 +85,7 @@ def quantize(recipe: Recipe, out: Path, checkpoint: Path | None = None, to: Sequ
     `model.FORMAT` for what else `to` names. Each file appears whole; the report is the last.
     """
     others = {name: format_ for name, format_ in find_formats(to).items() if name != "pte"}
+    find_backend(recipe.quantize.backend)  # raises before any training where it is not installed
     atomic.output_folder(out)
     data, reference = train_float(recipe, out, checkpoint)
     manifest = resolve(find_manifest(recipe.calibration.manifest, data), data)
@@ -122,12 +124,13 @@ def quantized_program(
 ) -> QuantizedProgram:
     """Prepare, calibrate, fit where the recipe trains, and convert `model`; `teacher` is the network as trained."""
     prepared = prepare(recipe, deploy_graph(model, data.preprocess.image_size))
+    backend = find_backend(recipe.quantize.backend)
     calibrated = backend.calibrate(prepared, batches(manifest, data, recipe.calibration.batch_size))
     if recipe.fit:
-        _fit(recipe, calibrated, teacher, data, manifest, out)
+        _fit(recipe, backend, calibrated, teacher, data, manifest, out)
     # save_model, not save_file: tensors that share a scale share one fake-quantizer.
     atomic.write_with(out / "quantized.safetensors", lambda path: save_tensors(calibrated.graph, str(path)))
-    return backend.convert(calibrated, data.preprocess, recipe.quantize.input)
+    return torchao_pt2e.convert(calibrated, data.preprocess, recipe.quantize.input)
 
 
 def on_file_inputs(recipe: Recipe, data: ImageData, model: HadaptiveNet) -> tuple[ImageData, HadaptiveNet]:
@@ -137,13 +140,19 @@ def on_file_inputs(recipe: Recipe, data: ImageData, model: HadaptiveNet) -> tupl
     return replace(data, preprocess=data.preprocess.unnormalised), take_pixels(model, data.preprocess)
 
 
-def prepare(recipe: Recipe, graph: GraphModule) -> backend.Prepared:
+def prepare(recipe: Recipe, graph: GraphModule) -> torchao_pt2e.Prepared:
     """Plan `recipe` on the deploy graph `graph` and insert its fake-quantizers (in place)."""
-    return backend.prepare(graph, make_plan(graph, recipe.quantize), recipe.quantize.observer)
+    return torchao_pt2e.prepare(graph, make_plan(graph, recipe.quantize), recipe.quantize.observer)
 
 
 def _fit(
-    recipe: Recipe, calibrated: Calibrated, teacher: HadaptiveNet, data: ImageData, manifest: Manifest, out: Path
+    recipe: Recipe,
+    backend: Backend,
+    calibrated: Calibrated,
+    teacher: HadaptiveNet,
+    data: ImageData,
+    manifest: Manifest,
+    out: Path,
 ) -> None:
     fit = recipe.fit
     assert fit is not None

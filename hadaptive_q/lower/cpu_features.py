@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from hadaptive_q.quant.formats import WeightFormat
 from hadaptive_q.quant.plan import Plan
 
 # As `/proc/cpuinfo` names the dot products of ARMv8.2.
@@ -16,4 +15,4 @@ def wanted_arm_features(plan: Plan) -> tuple[str, ...]:
     4-bit weights it has dot products or one number at a time: Hadaptive-Net-S takes 1.03 times the instructions of its
     int8 file on Cortex-A76, and 4.0 times on Cortex-A53, which has no dot products.
     """
-    return (DOT_PRODUCTS,) if WeightFormat(4) in plan.weights.values() else ()
+    return (DOT_PRODUCTS,) if any(form.packed for form in plan.weights.values()) else ()
