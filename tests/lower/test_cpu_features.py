@@ -9,7 +9,7 @@ from hadaptive_q.quant.plan import Plan
 
 
 def test_four_bits_want_dot_products() -> None:
-    assert wanted_arm_features(Plan(weights={"a": WeightFormat(8)})) == ()
-    (wanted,) = wanted_arm_features(Plan(weights={"a": WeightFormat(8), "b": WeightFormat(4)}))
+    assert wanted_arm_features(Plan(weights={"a": WeightFormat(8), "b": WeightFormat(4)})) == ()
+    (wanted,) = wanted_arm_features(Plan(weights={"a": WeightFormat(8), "b": WeightFormat(3, packed=True)}))
     having = {name for name, core in CORES.items() if wanted in core.features.split()}
     assert having == {"cortex-a55", "cortex-a76", "neoverse-v1"}

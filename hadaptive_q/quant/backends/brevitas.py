@@ -24,7 +24,7 @@ from hadaptive_q.quant.backends import torchao_pt2e
 from hadaptive_q.quant.backends.torchao_pt2e import Calibrated, Prepared
 from hadaptive_q.quant.fake_quant import PerChannelWeightFakeQuantize
 from hadaptive_q.quant.formats import SMALLEST_SCALE
-from hadaptive_q.quant.sites import FakeQuantizer
+from hadaptive_q.quant.sites import FakeQuantizer, bits_of
 from hadaptive_q.rewrite.graph import constant
 
 EPSILON = torch.finfo(torch.float32).eps
@@ -160,11 +160,6 @@ class _FixedZeroPoint(nn.Module):
 
     def forward(self, x: Tensor, scale: Tensor, bit_width: Tensor) -> Tensor:
         return self.zero_point
-
-
-def bits_of(quantizer: FakeQuantizer) -> int:
-    """Return the bits of a code of `quantizer`."""
-    return int(quantizer.quant_max).bit_length() + 1
 
 
 def _quantizers(graph: GraphModule) -> Iterator[tuple[str, FakeQuantizer, Tensor | None]]:
