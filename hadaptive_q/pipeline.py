@@ -34,7 +34,8 @@ from hadaptive_q.models.config import VARIANTS, Preprocess
 from hadaptive_q.models.hadaptive_net import HadaptiveNet, create_model
 from hadaptive_q.models.pixels import take_pixels
 from hadaptive_q.passports import Origin
-from hadaptive_q.quant.backends import torchao_pt2e as backend
+from hadaptive_q.quant.backends import torchao_pt2e
+from hadaptive_q.quant.backends.select import Backend, find_backend
 from hadaptive_q.quant.backends.torchao_pt2e import Calibrated
 from hadaptive_q.quant.damping import oscillation_damping
 from hadaptive_q.quant.interpreter import IntegerProgram
@@ -99,6 +100,7 @@ def quantize(recipe: Recipe, out: Path, checkpoint: Path | None = None, to: Sequ
     `model.FORMAT` for what else `to` names. Each file appears whole; the report is the last.
     """
     others = {name: format_ for name, format_ in find_formats(to).items() if name != "pte"}
+    find_backend(recipe.quantize.backend)  # raises before any training where it is not installed
     atomic.output_folder(out)
     data, reference = train_float(recipe, out, checkpoint)
     manifest = resolve(find_manifest(recipe.calibration.manifest, data), data)
@@ -142,13 +144,14 @@ def quantized_program(
 ) -> QuantizedProgram:
     """Prepare, calibrate, fit where the recipe trains, and convert `model`; `teacher` is the network as trained."""
     prepared = prepare(recipe, deploy_graph(model, data.preprocess.image_size))
+    backend = find_backend(recipe.quantize.backend)
     calibrated = backend.calibrate(prepared, batches(manifest, data, recipe.calibration.batch_size))
     if recipe.fit:
-        _fit(recipe, calibrated, teacher, data, manifest, out)
+        _fit(recipe, backend, calibrated, teacher, data, manifest, out)
     drop_passport(out / "quantized.safetensors")
     # save_model, not save_file: tensors that share a scale share one fake-quantizer.
     atomic.write_with(out / "quantized.safetensors", lambda path: save_tensors(calibrated.graph, str(path)))
-    return backend.convert(calibrated, data.preprocess, recipe.quantize.input)
+    return torchao_pt2e.convert(calibrated, data.preprocess, recipe.quantize.input)
 
 
 def on_file_inputs(recipe: Recipe, preprocess: Preprocess, model: HadaptiveNet) -> tuple[Preprocess, HadaptiveNet]:
@@ -158,13 +161,19 @@ def on_file_inputs(recipe: Recipe, preprocess: Preprocess, model: HadaptiveNet) 
     return preprocess.unnormalised, take_pixels(model, preprocess)
 
 
-def prepare(recipe: Recipe, graph: GraphModule) -> backend.Prepared:
+def prepare(recipe: Recipe, graph: GraphModule) -> torchao_pt2e.Prepared:
     """Plan `recipe` on the deploy graph `graph` and insert its fake-quantizers (in place)."""
-    return backend.prepare(graph, make_plan(graph, recipe.quantize), recipe.quantize.observer)
+    return torchao_pt2e.prepare(graph, make_plan(graph, recipe.quantize), recipe.quantize.observer)
 
 
 def _fit(
-    recipe: Recipe, calibrated: Calibrated, teacher: HadaptiveNet, data: ImageData, manifest: Manifest, out: Path
+    recipe: Recipe,
+    backend: Backend,
+    calibrated: Calibrated,
+    teacher: HadaptiveNet,
+    data: ImageData,
+    manifest: Manifest,
+    out: Path,
 ) -> None:
     fit = recipe.fit
     assert fit is not None
@@ -303,7 +312,7 @@ def _measure(
         calibration_digest=manifest.digest or "",
         data=data.name,
         seed=recipe.seed,
-        versions=versions(*(() if onnx is None else FORMATS["onnx"].packages)),
+        versions=versions(recipe.quantize.backend, *(() if onnx is None else FORMATS["onnx"].packages)),
         accuracy=Accuracy(
             samples=len(labels),
             float_top1=top1(reference.logits, labels),

@@ -35,7 +35,8 @@ from hadaptive_q.models.config import VARIANTS
 from hadaptive_q.models.hadaptive_net import HadaptiveNet
 from hadaptive_q.pipeline import on_file_inputs, open_data_for, prepare, spread, weights_digest
 from hadaptive_q.quant.assignment import choose
-from hadaptive_q.quant.backends import torchao_pt2e as backend
+from hadaptive_q.quant.backends import torchao_pt2e
+from hadaptive_q.quant.backends.select import find_backend
 from hadaptive_q.quant.plan import exceptions
 from hadaptive_q.quant.program import QuantizedProgram
 from hadaptive_q.quant.sensitivity import FourBitLayer, find_layers, in_four_bits, joint_noise, measure_sensitivity
@@ -98,7 +99,7 @@ class _Case:
     recipe: Recipe
     data: ImageData
     deploy: GraphModule
-    calibrated: backend.Calibrated
+    calibrated: torchao_pt2e.Calibrated
     inputs: list[Tensor]
     val: TensorSplit
     layers: list[FourBitLayer] = field(default_factory=list)
@@ -132,8 +133,9 @@ class _Case:
 
     def make(self, chosen: list[FourBitLayer]) -> _Choice:
         """Prepare, calibrate, convert and lower the network with `chosen` in 4 bits."""
-        calibrated = backend.calibrate(prepare(self.mixed(chosen), copy.deepcopy(self.deploy)), self.inputs)
-        program = backend.convert(calibrated, self.data.preprocess, self.recipe.quantize.input)
+        prepared = prepare(self.mixed(chosen), copy.deepcopy(self.deploy))
+        calibrated = find_backend(self.recipe.quantize.backend).calibrate(prepared, self.inputs)
+        program = torchao_pt2e.convert(calibrated, self.data.preprocess, self.recipe.quantize.input)
         return _Choice(chosen, self.predicted(chosen), program, lower(program.export()).data)
 
 
@@ -225,7 +227,8 @@ def _prepare(recipe: Recipe, model: HadaptiveNet, data: ImageData, manifest: Man
     if recipe.quantize.selection == "static":
         freeze_selection(model, inputs)
     deploy = deploy_graph(model, data.preprocess.image_size)
-    calibrated = backend.calibrate(prepare(recipe, copy.deepcopy(deploy)), inputs)
+    # Scales that follow the weights, whatever finds those of the recipe: bits change while it measures.
+    calibrated = torchao_pt2e.calibrate(prepare(recipe, copy.deepcopy(deploy)), inputs)
     return _Case(recipe, data, deploy, calibrated, inputs, _few(data, samples))
 
 

@@ -106,7 +106,7 @@ def test_the_written_recipe_gives_the_file_that_was_promised(
     program = quantized_program(written, model, digits, manifest, folder, model)
     chosen = [layer for layer in found.layers if layer.bits == 4]
     assert 0 < len(chosen) < len(found.layers)
-    assert list(program.plan.weights.values()).count(WeightFormat(4)) == len(chosen)
+    assert list(program.plan.weights.values()).count(WeightFormat(4, packed=True)) == len(chosen)
     size = (folder / "mixed.pte").stat().st_size
     assert size == found.pte_bytes
     assert found.target_bytes is not None

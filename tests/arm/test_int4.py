@@ -57,7 +57,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[Path, Qua
 @pytest.mark.parametrize("core", CORES)
 def test_outputs_are_exact_on_every_core(core: str, files: dict[int, tuple[Path, QuantizedProgram]]) -> None:
     path, program = files[4]
-    assert list(program.plan.weights.values()).count(WeightFormat(4)) == 2
+    assert list(program.plan.weights.values()).count(WeightFormat(4, packed=True)) == 2
     inputs = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(1)) * 2
     assert np.array_equal(run_on(path, core, inputs), IntegerProgram(program)(inputs).numpy())
     names = [operator.name for operator in count_operators(path, core)]
