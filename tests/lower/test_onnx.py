@@ -22,7 +22,6 @@ from hadaptive_q.lower.file_input import FileInput
 from hadaptive_q.lower.onnx import OnnxFile, check_scales, onnx_scales, program_scales, to_onnx
 from hadaptive_q.lower.parity import compare, output_scale
 from hadaptive_q.models.config import InputName
-from hadaptive_q.quant.formats import WeightFormat
 from hadaptive_q.quant.program import QuantizedProgram
 
 SIZE = 32
@@ -95,7 +94,7 @@ def test_only_standard_operators(written: Written) -> None:
 def test_four_bits_take_four_bits(written: Written) -> None:
     stored = [tensor for tensor in written.model.graph.initializer if tensor.data_type == TensorProto.INT4]
     weights = [tensor for tensor in stored if len(tensor.dims) > 1]
-    assert len(weights) == list(written.program.plan.weights.values()).count(WeightFormat(4))
+    assert len(weights) == sum(form.packed for form in written.program.plan.weights.values())
     for tensor in weights:
         codes = onnx.numpy_helper.to_array(tensor).astype("int8")
         assert abs(codes).max() == 7
