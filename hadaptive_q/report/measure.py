@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable
 
@@ -26,25 +27,52 @@ OVERLAP_SEED = 0
 
 
 def measure_layers(deploy: GraphModule, program: QuantizedProgram, inputs: Tensor) -> list[LayerRecord]:
-    """Compare every quantized tensor, as its readers see it, with the float deploy graph on the same inputs."""
+    """Compare every quantized tensor, as its readers see it, with the float deploy graph on the same inputs.
+
+    Once from the image on, and once layer by layer: each gets the quantized inputs it has in `program`.
+    """
     readers = _dequantized(program)
     reference = record(deploy, inputs, set(readers))
-    measured = record(program.graph, inputs, {reader.name for reader in readers.values()})
+    recorded = record(program.graph, inputs, {reader.name for reader in readers.values()})
+    measured = {name: recorded[reader.name] for name, reader in readers.items()}
+    local = record(deploy, inputs, set(readers), forced=measured)
     origins = {node.name: node for node in deploy.graph.nodes}
     layers = []
     for name, reader in readers.items():
         wanted = reference[name]
+        # Below its floor nobody tells a tensor's values apart.
+        floor = program.plan.floors.get(name, -math.inf)
+        alone = local[name].clamp(min=floor), measured[name].clamp(min=floor)
         layers.append(
             LayerRecord(
                 name=name,
                 origin=module_path(origins[name]) or "input",
-                sqnr_db=sqnr_db(wanted, measured[reader.name]),
+                sqnr_db=sqnr_db(wanted, measured[name]),
+                local_sqnr_db=sqnr_db(*alone),
+                gain=gain(alone[0].clamp(*_code_ends(reader)), alone[1]),
                 low=float(wanted.min()),
                 high=float(wanted.max()),
                 scale=float(reader.args[1]),  # type: ignore[arg-type]
             )
         )
     return layers
+
+
+def _code_ends(reader: Node) -> tuple[float, float]:
+    """Return the values of the lowest and the highest code that the dequantize `reader` reads."""
+    _, scale, zero_point, low, high, *_ = reader.args
+    return scale * (low - zero_point), scale * (high - zero_point)  # type: ignore[operator, return-value]
+
+
+def gain(signal: Tensor, noisy: Tensor) -> float:
+    """Return the least-squares slope of `noisy` on `signal` `(B, C, ...)`, with an intercept per channel.
+
+    ``sum (x - x_c) (y - y_c) / sum (x - x_c)^2``; 1 where no channel of `signal` varies.
+    """
+    others = [d for d in range(signal.dim()) if d != 1]
+    x, y = (tensor.double() - tensor.double().mean(others, keepdim=True) for tensor in (signal, noisy))
+    power = float(x.square().sum())
+    return float((x * y).sum()) / power if power else 1.0
 
 
 def _dequantized(program: QuantizedProgram) -> dict[str, Node]:

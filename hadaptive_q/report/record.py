@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -28,6 +28,20 @@ class Accuracy(Part):
     onnx_top1: float | None = None
     float_top5: float
     pte_top5: float
+
+
+class Answers(Part):
+    """Right answers over the validation split, in its order, as `report.answers` packs them.
+
+    `split` is a digest of the images' identities and labels; `lost` are those that float has right and the file
+    wrong, `won` the other way round.
+    """
+
+    split: str
+    float_right: str
+    pte_right: str
+    lost: int
+    won: int
 
 
 class Size(Part):
@@ -114,11 +128,18 @@ class AchRecord(Part):
 
 
 class LayerRecord(Part):
-    """One quantized tensor: its SQNR against float, its float range and its scale."""
+    """One quantized tensor: its SQNR against float, its float range and its scale.
+
+    `local_sqnr_db` and `gain` ask this layer alone: against what float makes of the layer's own quantized inputs.
+    `gain` is the least-squares slope on it as far as the codes reach, with an intercept per channel: 1 but for the
+    rounding of the weights.
+    """
 
     name: str
     origin: str
     sqnr_db: float
+    local_sqnr_db: float | None = None
+    gain: float | None = None
     low: float
     high: float
     scale: float
@@ -134,7 +155,7 @@ class Latency(Part):
 
 
 class Report(Part):
-    """Everything measured about one run."""
+    """Everything measured about one run; `settings` is its resolved recipe."""
 
     model: str
     recipe: str
@@ -142,8 +163,10 @@ class Report(Part):
     calibration_digest: str
     data: str
     seed: int
+    settings: dict[str, Any] = {}
     versions: dict[str, str]
     accuracy: Accuracy
+    answers: Answers | None = None
     size: Size
     parity: ParityRecord
     coverage: CoverageRecord
