@@ -41,7 +41,7 @@ from hadaptive_q.rewrite.products import find_products
 from hadaptive_q.rewrite.select_by_rank import BIG
 
 PAGE = ROOT / "docs" / "gate.md"
-FLOATS, SUBSETS = 8, 12
+FLOATS, SUBSETS = 10, 10
 BASE = "float-training-seed-0"
 LAYER = "blocks.1.projection.conv"
 
@@ -189,7 +189,7 @@ FLOAT_FILES: dict[str, Lowered] = {}
 
 def floats_lowered_once() -> Fault:
     """Lower float networks of equal weights once: most runs here start from the same."""
-    original = pipeline.lower
+    original = executorch.lower
 
     def lower(program: ExportedProgram) -> Lowered:
         if quantized(program):

@@ -92,7 +92,19 @@ class Outcome:
 
     @property
     def broken(self) -> list[Held]:
-        return [held for held in self.held if held.verdict == "broken" or (self.strict and held.verdict == "undecided")]
+        bad = ("broken", "undecided") if self.strict else ("broken",)
+        return [held for held in self.held if held.verdict in bad]
+
+    @property
+    def undecided(self) -> list[Held]:
+        return [held for held in self.held if held.verdict == "undecided"]
+
+    def as_json(self) -> list[dict[str, Any]]:
+        """Return the broken budgets for scripts; what is guilty stands with each."""
+        return [
+            {"budget": held.budget, "figure": held.figure, "note": held.note, "guilty": self.guilty}
+            for held in self.broken
+        ]
 
     def __str__(self) -> str:
         rows = [(held.verdict, held.budget, f"{held.figure:.6g}", held.note) for held in self.held]
@@ -151,12 +163,16 @@ def parse_budgets(budgets: Sequence[str]) -> list[Budget]:
     return found
 
 
-def named_budgets(limits: Mapping[str, Any]) -> list[str]:
-    """Return the budgets of marker keywords such as ``max_drop=0.5``. Raises UserError for an unknown one."""
+def named_budgets(limits: Mapping[str, Any], others: Sequence[str] = ()) -> list[str]:
+    """Return the budgets of marker keywords such as ``max_drop=0.5``.
+
+    Raises UserError for an unknown keyword, which may be meant for one of the `others`, too.
+    """
     for name, limit in limits.items():
         if name not in NAMES:
+            known = (*NAMES, *others)
             raise UserError(
-                f"quant_gate({name}=...)", "an unknown name", f"one of {', '.join(NAMES)}", nearest(name, NAMES)
+                f"quant_gate({name}=...)", "an unknown keyword", f"one of {', '.join(known)}", nearest(name, known)
             )
         if isinstance(limit, bool) or not isinstance(limit, int | float):
             raise UserError(f"quant_gate({name}=...)", repr(limit), "a number")
