@@ -41,7 +41,7 @@ from hadaptive_q.rewrite.products import find_products
 from hadaptive_q.rewrite.select_by_rank import BIG
 
 PAGE = ROOT / "docs" / "gate.md"
-FLOATS, SUBSETS = 10, 10
+FLOATS, SUBSETS = 11, 9
 BASE = "float-training-seed-0"
 LAYER = "blocks.1.projection.conv"
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from hadaptive_q.baseline import Baseline
 from hadaptive_q.report.answers import unpack
-from hadaptive_q.report.record import LayerRecord
+from hadaptive_q.report.record import Report
 from hadaptive_q.significance import Drop
 
 SHOWN = 5
@@ -60,14 +60,15 @@ def change_figures(now: Baseline, before: Baseline) -> dict[str, float]:
     """Return what budgets compare with a baseline.
 
     `baseline.drop` in points; `baseline.size_ratio` of the files' bytes; `baseline.fallbacks`: operators more outside
-    the delegate, or inside it in fp32; the largest fall of a layer's local SQNR in dB, change of a layer's gain, and
-    rise of an ACH's flip rate.
+    the delegate, or inside it in fp32; `baseline.recoded`: tensors that only one of both has in codes; the largest fall
+    of a layer's local SQNR in dB, change of a layer's gain, and rise of an ACH's flip rate.
     """
     layers = layer_changes(now, before)
     return {
         "baseline.drop": paired_drop(now, before).points,
         "baseline.size_ratio": now.pte_bytes / before.pte_bytes,
         "baseline.fallbacks": sum(_more(now.fallbacks, before.fallbacks).values()),
+        "baseline.recoded": len(now.sqnr_db.keys() ^ before.sqnr_db.keys()),
         "baseline.sqnr_fall": max((change.fall for change in layers), default=0.0),
         "baseline.gain_change": max((change.gain_change for change in layers), default=0.0),
         "baseline.flip_rise": max(
@@ -76,18 +77,21 @@ def change_figures(now: Baseline, before: Baseline) -> dict[str, float]:
     }
 
 
-def guilty(now: Baseline, before: Baseline, layers: list[LayerRecord]) -> list[str]:
+def guilty(now: Baseline, before: Baseline, report: Report) -> list[str]:
     """Return a line for each of the layers, operators and bytes that changed most, at most five of a kind.
 
-    `layers` says which module a tensor belongs to.
+    `report` is that of the run `now`, and says which module a tensor belongs to.
     """
-    origins = {layer.name: layer.origin for layer in layers}
+    origins = {layer.name: layer.origin for layer in report.layers}
     worst = [change for change in layer_changes(now, before)[:SHOWN] if change.weight > 1 / 2]
     lines = [
         f"{origins[change.name]} ({change.name}): SQNR {change.sqnr_db[0]:.1f} -> {change.sqnr_db[1]:.1f} dB,"
         f" gain {change.gain[0]:.4f} -> {change.gain[1]:.4f}"
         for change in worst
     ]
+    new, gone = now.sqnr_db.keys() - before.sqnr_db.keys(), before.sqnr_db.keys() - now.sqnr_db.keys()
+    lines += [f"{origins[name]} ({name}): newly in codes" for name in sorted(new)[:SHOWN]]
+    lines += [f"{name}: no longer in codes" for name in sorted(gone)[:SHOWN]]
     lines += [f"{name}: {count:+d}" for name, count in _largest(_more(now.fallbacks, before.fallbacks))]
     grown = _more(now.layer_bytes, before.layer_bytes)
     if now.pte_bytes > before.pte_bytes:
@@ -97,6 +101,9 @@ def guilty(now: Baseline, before: Baseline, layers: list[LayerRecord]) -> list[s
         for name, rate in now.flips.items()
         if rate > before.flips.get(name, 0.0) + FLIP_RISE / 2
     ][:SHOWN]
+    identical = report.parity.integer_identical
+    if identical is not None and identical < 1:
+        lines.append(f"lowering: the file gives its program's very logits on {100 * identical:.1f} % of the images")
     return lines
 
 

@@ -28,6 +28,7 @@ NAMES: dict[str, str] = {
     "max_baseline_drop": "baseline.drop <=",
     "max_growth": "baseline.size_ratio <=",
     "max_fallbacks": "baseline.fallbacks <=",
+    "max_recoded": "baseline.recoded <=",
     "max_sqnr_fall": "baseline.sqnr_fall <=",
     "max_gain_change": "baseline.gain_change <=",
     "max_flip_rise": "baseline.flip_rise <=",
@@ -39,6 +40,7 @@ DEFAULTS = (
     "baseline.drop <= 1.5",
     "baseline.size_ratio <= 1.02",
     "baseline.fallbacks <= 0",
+    "baseline.recoded <= 0",
     f"baseline.sqnr_fall <= {SQNR_FALL}",
     f"baseline.gain_change <= {GAIN_CHANGE}",
     f"baseline.flip_rise <= {FLIP_RISE}",
@@ -135,7 +137,7 @@ def hold(
         before = now if update else read_baseline(baseline, now)
         known |= change_figures(now, before)
         drops["baseline.drop"] = paired_drop(now, before)
-        blamed = guilty(now, before, report.layers)
+        blamed = guilty(now, before, report)
         given = {budget.key for budget in wanted}
         wanted += [budget for budget in parse_budgets(DEFAULTS) if budget.key not in given]
     if any(budget.key == "instructions.ratio" for budget in wanted):
