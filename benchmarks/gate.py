@@ -78,7 +78,7 @@ def scale_of_weights() -> Fault:
 def scale_of_codes() -> Fault:
     def change(program: QuantizedProgram, *_: object) -> QuantizedProgram:
         (quantize,) = layer_of(program.graph).users
-        for node in quantize.users:
+        for node in list(quantize.users):
             node.args = (node.args[0], 1.01 * node.args[1], *node.args[2:])  # type: ignore[operator]
         return program
 

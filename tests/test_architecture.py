@@ -27,8 +27,8 @@ LAYERS = [
     ["significance"],
     ["baseline"],
     ["changes"],
-    ["regress"],
-    ["pipeline", "evaluate", "bench", "restore", "explain", "export", "search"],
+    ["regress", "passports"],
+    ["pipeline", "evaluate", "bench", "restore", "explain", "export", "search", "verify"],
     ["cli", "pytest_plugin", "__main__", "__init__"],
 ]
 FENCES = {
@@ -36,6 +36,7 @@ FENCES = {
     "executorch": {
         "lower/executorch.py",
         "lower/delegate.py",
+        "lower/idle_work.py",
         "lower/runtime.py",
         "lower/int8_tables.py",
         "lower/uint8_input.py",
