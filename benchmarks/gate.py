@@ -120,7 +120,7 @@ def float_layer() -> Fault:
 
 
 def outside_the_delegate() -> Fault:
-    kept = [config for config in executorch._CONFIGS if config.__name__ != "HardswishConfig"]
+    kept = [config for config in executorch._CONFIGS if config.target_name != "hardswish.default"]
     return patch.object(executorch, "_CONFIGS", kept)
 
 

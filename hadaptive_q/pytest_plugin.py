@@ -75,14 +75,11 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
 
 
 def _hold(config: pytest.Config, keywords: dict[str, Any], folders: pytest.TempPathFactory) -> Outcome:
-    from hadaptive_q.errors import UserError
     from hadaptive_q.regress import hold, named_budgets
 
     given = {name: value for name, value in keywords.items() if name in SOURCES}
     budgets = named_budgets({name: limit for name, limit in keywords.items() if name not in SOURCES}, SOURCES)
     baseline = config.rootpath / given["baseline"] if "baseline" in given else None
-    if not budgets and baseline is None:
-        raise UserError(f"{MARKER}(...)", "nothing to hold the run against", "baseline=FILE or a budget")
     update = baseline is not None and config.getoption("--update-baseline")
     strict = given.get("strict", config.getoption("--quant-strict"))
     return hold(_run(config, given, folders), budgets, baseline, update, strict)

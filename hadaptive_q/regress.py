@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hadaptive_q.arm.count import count_instructions
-from hadaptive_q.baseline import Baseline, make_baseline, read_baseline
+from hadaptive_q.baseline import make_baseline, read_baseline
 from hadaptive_q.changes import FLIP_RISE, GAIN_CHANGE, SQNR_FALL, change_figures, guilty, paired_drop
 from hadaptive_q.errors import UserError, nearest
 from hadaptive_q.report.record import Report, read_report
@@ -124,14 +124,16 @@ def hold(
 
     With a baseline the default budgets hold, too, but for the keys that `budgets` has. `update` makes the run itself
     the baseline, and writes it unless a budget is broken.
-    Raises UserError for a wrong budget, and for a baseline that is missing or of another kind of run.
+    Raises UserError for a wrong budget or none at all, and for a baseline that is missing or of another kind of run.
     """
+    if baseline is None and (update or not budgets):
+        expected = "a baseline" if update else "a budget or a baseline"
+        raise UserError(f"run {run}", "nothing to hold it against", expected, "add --baseline FILE")
     report = read_report(run)
     wanted = parse_budgets(budgets)
     known = figures(report)
     drops = {} if report.answers is None else {"accuracy.drop": _drop(report)}
     blamed: list[str] = []
-    now: Baseline | None = None
     if baseline is not None:
         now = make_baseline(report, f"run {run}")
         before = now if update else read_baseline(baseline, now)
@@ -143,8 +145,8 @@ def hold(
     if any(budget.key == "instructions.ratio" for budget in wanted):
         known["instructions.ratio"] = _instruction_ratio(run)
     outcome = Outcome([_held(budget, known, drops.get(budget.key)) for budget in wanted], blamed, strict)
-    if baseline is not None and now is not None and update and not outcome.broken:
-        now.write(baseline)
+    if baseline is not None and update and not outcome.broken:
+        make_baseline(report, f"run {run}").write(baseline)
     return outcome
 
 

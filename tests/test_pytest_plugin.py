@@ -77,7 +77,7 @@ MISTAKES = {
     "run='runs/mine', max_dorp=1": "quant_gate(max_dorp=...): *did you mean 'max_drop'*",
     "run='runs/mine', base='x'": "quant_gate(base=...): *did you mean 'baseline'*",
     "run='runs/mine', max_drop='1'": "quant_gate(max_drop=...): got '1'; expected a number",
-    "run='runs/mine'": "*nothing to hold the run against*",
+    "run='runs/mine'": "*nothing to hold it against*",
     "max_drop=1": "*neither of run= and recipe=*",
     "run='runs/other', max_drop=1": "report */runs/other*: got No such file*",
     "recipe='float', max_drop=1": "*a recipe for train*",

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from hadaptive_q import regress
 from hadaptive_q.arm.count import Counts
+from hadaptive_q.changes import GAIN_CHANGE
+from hadaptive_q.cli import app
 from hadaptive_q.errors import UserError
 from hadaptive_q.regress import NAMES, figures, hold, named_budgets, parse_budgets
 from hadaptive_q.report.answers import record_answers
@@ -227,3 +231,20 @@ def test_what_is_no_report_is_refused(tmp_path: Path, content: str | None) -> No
         (tmp_path / "report.json").write_text(content)
     with pytest.raises(UserError, match=r"report\.json"):
         read_report(tmp_path)
+
+
+def test_the_command_line_holds_writes_and_refuses(tmp_path: Path, made: Report) -> None:
+    run, file = write(tmp_path / "run", made), tmp_path / "gate.json"
+    invoke = partial(CliRunner().invoke, app)
+    written = invoke(["check", str(run), "--baseline", str(file), "--update-baseline"])
+    assert written.exit_code == 0, written.output
+    assert "9 of 9 budgets kept" in written.output
+    worse = write(tmp_path / "worse", FAULTS["baseline.gain_change"](made))
+    failed = invoke(["check", str(worse), "--baseline", str(file), "--json"])
+    assert failed.exit_code == 1
+    (broken,) = json.loads(failed.output)
+    assert broken["budget"] == f"baseline.gain_change <= {GAIN_CHANGE}"
+    assert broken["figure"] == pytest.approx(0.01)
+    assert broken["guilty"] == ["blocks.1 (conv_1): SQNR 40.0 -> 40.0 dB, gain 1.0000 -> 0.9900"]
+    for arguments in ([], ["--update-baseline"]):
+        assert isinstance(invoke(["check", str(run), *arguments]).exception, UserError)
