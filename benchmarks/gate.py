@@ -36,7 +36,7 @@ from hadaptive_q.quant.plan import Plan
 from hadaptive_q.quant.program import QuantizedProgram
 from hadaptive_q.recipe import load_recipe
 from hadaptive_q.regress import DEFAULTS, hold, parse_budgets
-from hadaptive_q.rewrite.graph import aten, constant, module_path
+from hadaptive_q.rewrite.graph import add_parameter, aten, constant, finish, module_path
 from hadaptive_q.rewrite.products import find_products
 from hadaptive_q.rewrite.select_by_rank import BIG
 
@@ -112,11 +112,17 @@ def dropped_bias() -> Fault:
 
 
 def float_layer() -> Fault:
-    def change(plan: Plan, graph: GraphModule, *_: object) -> Plan:
-        del plan.weights[layer_of(graph).name]
-        return plan
+    def change(program: QuantizedProgram, *_: object) -> QuantizedProgram:
+        conv = layer_of(program.graph)
+        source, weight, *rest = conv.args
+        assert isinstance(weight, Node)
+        codes, scales = (tensor(program.graph, argument) for argument in weight.args[:2])
+        values = codes * scales.reshape(-1, *[1] * (codes.dim() - 1))
+        conv.args = (source, add_parameter(program.graph, "in_float", values.float(), conv), *rest)
+        finish(program.graph)
+        return program
 
-    return after(pipeline, "make_plan", change)
+    return after(pipeline, "quantized_program", change)
 
 
 def outside_the_delegate() -> Fault:

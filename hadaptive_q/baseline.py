@@ -28,8 +28,8 @@ MOST_DB = 100.0
 class Baseline(Part):
     """`settings` is the recipe that was run, by dotted key; `right` the file's right answers (`report.answers`).
 
-    `sqnr_db` and `gain` are the local ones of `LayerRecord`, by tensor; `flips` the share of channels that float does
-    not choose, by ACH; `layer_bytes` what a layer's constants take.
+    `sqnr_db` and `gain` are of every tensor alone, activations and weights (`LayerRecord`, `WeightRecord`); `flips` the
+    share of channels that float does not choose, by ACH; `layer_bytes` what a layer's constants take.
     """
 
     format: Literal[1] = 1
@@ -72,7 +72,12 @@ class Baseline(Part):
 
 def make_baseline(report: Report, where: str) -> Baseline:
     """Return what a baseline keeps of `report`. Raises UserError for a report that lacks what it compares."""
-    if report.answers is None or any(layer.gain is None or layer.local_sqnr_db is None for layer in report.layers):
+    alone = {
+        layer.name: (layer.local_sqnr_db, layer.gain)
+        for layer in report.layers
+        if layer.local_sqnr_db is not None and layer.gain is not None
+    } | {f"{weight.name}.weight": (weight.sqnr_db, weight.gain) for weight in report.weights}
+    if report.answers is None or len(alone) < len(report.layers) + len(report.weights):
         raise UserError(where, "a report without right answers", "a report of this version", "run it again")
     coverage = report.coverage
     return Baseline(
@@ -93,8 +98,8 @@ def make_baseline(report: Report, where: str) -> Baseline:
         fp32_ops=dict(sorted(Counter(coverage.fp32_ops).items())),
         layer_bytes={layer.layer: layer.weights + layer.biases + layer.scales for layer in coverage.layers},
         flips={ach.name: round(ach.flip_rate, 4) for ach in report.ach},
-        sqnr_db={x.name: round(min(x.local_sqnr_db, MOST_DB), 2) for x in report.layers if x.local_sqnr_db is not None},
-        gain={layer.name: round(layer.gain, 5) for layer in report.layers if layer.gain is not None},
+        sqnr_db={name: round(min(sqnr_db, MOST_DB), 2) for name, (sqnr_db, _) in alone.items()},
+        gain={name: round(gain, 5) for name, (_, gain) in alone.items()},
     )
 
 

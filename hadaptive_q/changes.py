@@ -83,6 +83,7 @@ def guilty(now: Baseline, before: Baseline, report: Report) -> list[str]:
     `report` is that of the run `now`, and says which module a tensor belongs to.
     """
     origins = {layer.name: layer.origin for layer in report.layers}
+    origins |= {f"{weight.name}.weight": weight.layer for weight in report.weights}
     worst = [change for change in layer_changes(now, before)[:SHOWN] if change.weight > 1 / 2]
     lines = [
         f"{origins[change.name]} ({change.name}): SQNR {change.sqnr_db[0]:.1f} -> {change.sqnr_db[1]:.1f} dB,"

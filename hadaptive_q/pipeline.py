@@ -336,6 +336,7 @@ def _measure(
         input=InputRecord(dtype=file.input.dtype, shape=list(file.input.shape)),
         ach=measure.measure_ach(deploy, program, inputs, overlap),
         layers=measure.measure_layers(deploy, program, inputs),
+        weights=measure.measure_weights(deploy, program),
         latency=measure.measure_latency(file, float_file, images[:1], data.preprocess),
     )
 

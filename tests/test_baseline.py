@@ -28,7 +28,8 @@ def test_a_baseline_keeps_what_the_report_says(nano_run: Any, now: Baseline, tmp
     assert 100 * right.mean() == pytest.approx(report.accuracy.pte_top1)
     assert now.pte_bytes == (nano_run.folder / "model.pte").stat().st_size
     assert sum(now.fallbacks.values()) == len(report.coverage.fp32_ops)
-    assert now.gain.keys() == {layer.name for layer in report.layers}
+    tensors = {layer.name for layer in report.layers} | {f"{weight.name}.weight" for weight in report.weights}
+    assert now.gain.keys() == now.sqnr_db.keys() == tensors
     # A figure a line: an update shows what it accepts.
     assert all(line.count(":") <= 2 for line in file.read_text().splitlines())
 

@@ -40,7 +40,7 @@ def made(nano_run: Any) -> Report:
         for i in range(8)
     ]
     ach = nano_run.report.ach[0].model_copy(update={"name": "blocks.1", "flip_rate": 0.01})
-    report: Report = nano_run.report.model_copy(deep=True, update={"layers": layers, "ach": [ach]})
+    report: Report = nano_run.report.model_copy(deep=True, update={"layers": layers, "weights": [], "ach": [ach]})
     report.parity.integer_identical = 1.0
     return answered(report, 0, 0)
 

@@ -130,9 +130,8 @@ class AchRecord(Part):
 class LayerRecord(Part):
     """One quantized tensor: its SQNR against float, its float range and its scale.
 
-    `local_sqnr_db` and `gain` ask this layer alone: against what float makes of the layer's own quantized inputs.
-    `gain` is the least-squares slope on it as far as the codes reach, with an intercept per channel: 1 but for the
-    rounding of the weights.
+    `local_sqnr_db` and `gain` ask this tensor alone: against what float makes of the quantized inputs and weights.
+    `gain` is the least-squares slope on it as far as the codes reach, an intercept per channel: 1 but for rounding.
     """
 
     name: str
@@ -143,6 +142,15 @@ class LayerRecord(Part):
     low: float
     high: float
     scale: float
+
+
+class WeightRecord(Part):
+    """The weights of one layer: SQNR of what their codes stand for to the float network's, and the slope on those."""
+
+    layer: str
+    name: str
+    sqnr_db: float
+    gain: float
 
 
 class Latency(Part):
@@ -173,6 +181,7 @@ class Report(Part):
     input: InputRecord | None = None
     ach: list[AchRecord]
     layers: list[LayerRecord]
+    weights: list[WeightRecord] = []
     latency: Latency
     arm: dict[str, dict[str, int]] = {}
 
