@@ -35,7 +35,7 @@ def measure_layers(deploy: GraphModule, program: QuantizedProgram, inputs: Tenso
     reference = record(deploy, inputs, set(readers))
     recorded = record(program.graph, inputs, {reader.name for reader in readers.values()})
     measured = {name: recorded[reader.name] for name, reader in readers.items()}
-    weights = {node.args[1].name: found for node, _, found in _weights(deploy, program)}  # type: ignore[union-attr]
+    weights = {str(node.args[1]): found for node, _, found in _weights(deploy, program)}
     local = record(deploy, inputs, set(readers), forced=measured | weights)
     origins = {node.name: node for node in deploy.graph.nodes}
     layers = []
