@@ -20,7 +20,7 @@ from torch.fx import GraphModule
 
 from hadaptive_q import atomic
 from hadaptive_q.data.calibration import Manifest, batches, find_manifest, resolve
-from hadaptive_q.data.datasets import ImageData
+from hadaptive_q.data.datasets import ImageData, digest
 from hadaptive_q.data.sources import open_data
 from hadaptive_q.data.transforms import normalise
 from hadaptive_q.errors import UserError
@@ -43,6 +43,7 @@ from hadaptive_q.quant.plan import make_plan
 from hadaptive_q.quant.program import QuantizedProgram, export_graph
 from hadaptive_q.recipe import Recipe
 from hadaptive_q.report import measure
+from hadaptive_q.report.answers import record_answers
 from hadaptive_q.report.passport import drop_passport
 from hadaptive_q.report.record import Accuracy, CoverageRecord, InputRecord, ParityRecord, Report, Size, versions
 from hadaptive_q.report.render import write_report_pages
@@ -312,6 +313,7 @@ def _measure(
         calibration_digest=manifest.digest or "",
         data=data.name,
         seed=recipe.seed,
+        settings=recipe.model_dump(mode="json"),
         versions=versions(recipe.quantize.backend, *(() if onnx is None else FORMATS["onnx"].packages)),
         accuracy=Accuracy(
             samples=len(labels),
@@ -321,6 +323,11 @@ def _measure(
             onnx_top1=None if onnx is None else top1(onnx, labels),
             float_top5=topk(reference.logits, labels, 5),
             pte_top5=topk(shipped, labels, 5),
+        ),
+        answers=record_answers(
+            digest(data.val, range(len(labels))),
+            labels.tolist(),
+            *(logits.argmax(dim=1) == labels for logits in (reference.logits, shipped)),
         ),
         size=Size(
             float_pte_bytes=(out / "float.pte").stat().st_size,
@@ -346,6 +353,7 @@ def _measure(
         input=InputRecord(dtype=file.input.dtype, shape=list(file.input.shape)),
         ach=measure.measure_ach(deploy, program, inputs, overlap),
         layers=measure.measure_layers(deploy, program, inputs),
+        weights=measure.measure_weights(deploy, program),
         latency=measure.measure_latency(file, float_file, images[:1], data.preprocess),
     )
 
