@@ -36,6 +36,7 @@ from hadaptive_q.models.pixels import take_pixels
 from hadaptive_q.quant.backends import torchao_pt2e as backend
 from hadaptive_q.quant.backends.torchao_pt2e import Calibrated
 from hadaptive_q.quant.damping import oscillation_damping
+from hadaptive_q.quant.gptq import round_with_feedback
 from hadaptive_q.quant.interpreter import IntegerProgram
 from hadaptive_q.quant.plan import make_plan
 from hadaptive_q.quant.program import QuantizedProgram, export_graph
@@ -123,6 +124,8 @@ def quantized_program(
     """Prepare, calibrate, fit where the recipe trains, and convert `model`; `teacher` is the network as trained."""
     prepared = prepare(recipe, deploy_graph(model, data.preprocess.image_size))
     calibrated = backend.calibrate(prepared, batches(manifest, data, recipe.calibration.batch_size))
+    if recipe.quantize.rounding == "gptq":
+        round_with_feedback(calibrated, batches(manifest, data, recipe.calibration.batch_size))
     if recipe.fit:
         _fit(recipe, calibrated, teacher, data, manifest, out)
     # save_model, not save_file: tensors that share a scale share one fake-quantizer.
