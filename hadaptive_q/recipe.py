@@ -73,9 +73,9 @@ class QuantizeConfig(_Section):
     """Number formats, how ranges are found, and what the written file takes (`models.config.InputName`).
 
     `pointwise_weight_bits` holds for 1x1 convolutions and linears, except the stem and what a selection's scores are
-    computed from; `weight_bits` for all other layers. `rounding` is how 4-bit weights begin: each to its nearest code, or
-    so that the layer's outputs change least. `layers` has the exceptions, by the name of a layer or of a
+    computed from; `weight_bits` for all other layers. `layers` has the exceptions, by the name of a layer or of a
     module around some: 4 for all of them that the runtime has arithmetic for, the stem and the scores' included.
+    `rounding` is how 4-bit weights begin: each at its nearest code, or so that the layer's outputs move least.
     """
 
     backend: Literal["torchao"] = "torchao"
