@@ -142,10 +142,8 @@ def quantized_program(
     recipe: Recipe, model: HadaptiveNet, data: ImageData, manifest: Manifest, out: Path, teacher: HadaptiveNet
 ) -> QuantizedProgram:
     """Prepare, calibrate, fit where the recipe trains, and convert `model`; `teacher` is the network as trained."""
-    prepared = prepare(recipe, deploy_graph(model, data.preprocess.image_size))
-    calibrated = backend.calibrate(prepared, batches(manifest, data, recipe.calibration.batch_size))
-    if recipe.quantize.rounding == "gptq":
-        round_with_feedback(calibrated, batches(manifest, data, recipe.calibration.batch_size))
+    inputs = list(batches(manifest, data, recipe.calibration.batch_size))
+    calibrated = calibrate(recipe, deploy_graph(model, data.preprocess.image_size), inputs)
     if recipe.fit:
         _fit(recipe, calibrated, teacher, data, manifest, out)
     drop_passport(out / "quantized.safetensors")
@@ -164,6 +162,14 @@ def on_file_inputs(recipe: Recipe, preprocess: Preprocess, model: HadaptiveNet) 
 def prepare(recipe: Recipe, graph: GraphModule) -> backend.Prepared:
     """Plan `recipe` on the deploy graph `graph` and insert its fake-quantizers (in place)."""
     return backend.prepare(graph, make_plan(graph, recipe.quantize), recipe.quantize.observer)
+
+
+def calibrate(recipe: Recipe, graph: GraphModule, inputs: Sequence[Tensor]) -> Calibrated:
+    """Prepare the deploy graph `graph` (in place), calibrate it on `inputs` and round its 4-bit weights by `recipe`."""
+    calibrated = backend.calibrate(prepare(recipe, graph), inputs)
+    if recipe.quantize.rounding == "gptq":
+        round_with_feedback(calibrated, inputs)
+    return calibrated
 
 
 def _fit(

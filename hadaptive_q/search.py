@@ -28,7 +28,7 @@ from hadaptive_q.lower.parity import top1
 from hadaptive_q.models.checkpoint import load_model
 from hadaptive_q.models.config import VARIANTS
 from hadaptive_q.models.hadaptive_net import HadaptiveNet
-from hadaptive_q.pipeline import on_file_inputs, open_data_for, prepare, spread, weights_digest
+from hadaptive_q.pipeline import calibrate, on_file_inputs, open_data_for, prepare, spread, weights_digest
 from hadaptive_q.quant.assignment import choose
 from hadaptive_q.quant.backends import torchao_pt2e as backend
 from hadaptive_q.quant.program import QuantizedProgram
@@ -106,7 +106,7 @@ class _Case:
 
     def make(self, chosen: list[FourBitLayer]) -> _Choice:
         """Prepare, calibrate, convert and lower the network with `chosen` in 4 bits."""
-        calibrated = backend.calibrate(prepare(self.mixed(chosen), copy.deepcopy(self.deploy)), self.inputs)
+        calibrated = calibrate(self.mixed(chosen), copy.deepcopy(self.deploy), self.inputs)
         program = backend.convert(calibrated, self.data.preprocess, self.recipe.quantize.input)
         return _Choice(chosen, len(lower(program.export()).data), self.predicted(chosen), program)
 

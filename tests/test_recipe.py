@@ -118,6 +118,7 @@ def test_settings_reach_what_the_file_leaves_out() -> None:
         ),
         ("quantize.weight_bits=4", "quantize.weight_bits: got 4; expected 8"),
         ("quantize.pointwise_weight_bits=5", "quantize.pointwise_weight_bits: got 5; expected 4 or 8"),
+        ("quantize.rounding=up", "quantize.rounding: got 'up'; expected 'nearest' or 'gptq'"),
         ("quantize.layers={head: 5}", "quantize.layers.head: got 5; expected 4 or 8"),
         ("quantize.layers.head.hidden=5", "quantize.layers.head.hidden: got 5; expected 4 or 8"),
         ("quantize.layers=4", "quantize.layers: got 4; expected "),
