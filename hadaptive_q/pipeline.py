@@ -184,7 +184,8 @@ def _fit(
 
     live = batches(manifest, data, recipe.calibration.batch_size) if fit.batch_norm == "live" else None
     # A student that only follows its teacher, which has no dropout, has nothing to generalise from.
-    backend.start_fit(calibrated, recipe.quantize.ranges == "learned", dropout=fit.distill < 1, live=live)
+    learned, weights = (ranges == "learned" for ranges in (recipe.quantize.ranges, recipe.quantize.weight_ranges))
+    backend.start_fit(calibrated, learned, weights, dropout=fit.distill < 1, live=live)
     training = Training(
         config=fit,
         seed=recipe.seed + 1,

@@ -76,6 +76,8 @@ class QuantizeConfig(_Section):
     computed from; `weight_bits` for all other layers. `layers` has the exceptions, by the name of a layer or of a
     module around some: 4 for all of them that the runtime has arithmetic for, the stem and the scores' included.
     `rounding` is how 4-bit weights begin: each at its nearest code, or so that the layer's outputs move least.
+    `ranges` are those of activations in training; `weight_ranges` the scales of 4-bit weights, which training leaves as
+    it finds them or learns.
     """
 
     backend: Literal["torchao"] = "torchao"
@@ -86,6 +88,7 @@ class QuantizeConfig(_Section):
     rounding: Literal["nearest", "gptq"] = "nearest"
     observer: Literal["minmax", "mse", "histogram", "product"] = "histogram"
     ranges: Literal["observed", "learned"] = "observed"
+    weight_ranges: Literal["observed", "learned"] = "observed"
     selection: Literal["dynamic", "static"] = "dynamic"
     input: InputName = "float32"
 
