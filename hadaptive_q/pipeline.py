@@ -38,6 +38,7 @@ from hadaptive_q.quant.backends import torchao_pt2e
 from hadaptive_q.quant.backends.select import Backend, find_backend
 from hadaptive_q.quant.backends.torchao_pt2e import Calibrated
 from hadaptive_q.quant.damping import oscillation_damping
+from hadaptive_q.quant.gptq import round_with_feedback
 from hadaptive_q.quant.interpreter import IntegerProgram
 from hadaptive_q.quant.plan import make_plan
 from hadaptive_q.quant.program import QuantizedProgram, export_graph
@@ -144,9 +145,9 @@ def quantized_program(
     recipe: Recipe, model: HadaptiveNet, data: ImageData, manifest: Manifest, out: Path, teacher: HadaptiveNet
 ) -> QuantizedProgram:
     """Prepare, calibrate, fit where the recipe trains, and convert `model`; `teacher` is the network as trained."""
-    prepared = prepare(recipe, deploy_graph(model, data.preprocess.image_size))
+    inputs = list(batches(manifest, data, recipe.calibration.batch_size))
     backend = find_backend(recipe.quantize.backend)
-    calibrated = backend.calibrate(prepared, batches(manifest, data, recipe.calibration.batch_size))
+    calibrated = calibrate(recipe, deploy_graph(model, data.preprocess.image_size), inputs)
     if recipe.fit:
         _fit(recipe, backend, calibrated, teacher, data, manifest, out)
     drop_passport(out / "quantized.safetensors")
@@ -167,6 +168,14 @@ def prepare(recipe: Recipe, graph: GraphModule) -> torchao_pt2e.Prepared:
     return torchao_pt2e.prepare(graph, make_plan(graph, recipe.quantize), recipe.quantize.observer)
 
 
+def calibrate(recipe: Recipe, graph: GraphModule, inputs: Sequence[Tensor]) -> Calibrated:
+    """Prepare the deploy graph `graph` (in place), calibrate it on `inputs` and round its 4-bit weights by `recipe`."""
+    calibrated = find_backend(recipe.quantize.backend).calibrate(prepare(recipe, graph), inputs)
+    if recipe.quantize.rounding == "gptq":
+        round_with_feedback(calibrated, inputs)
+    return calibrated
+
+
 def _fit(
     recipe: Recipe,
     backend: Backend,
@@ -185,7 +194,8 @@ def _fit(
 
     live = batches(manifest, data, recipe.calibration.batch_size) if fit.batch_norm == "live" else None
     # A student that only follows its teacher, which has no dropout, has nothing to generalise from.
-    backend.start_fit(calibrated, recipe.quantize.ranges == "learned", dropout=fit.distill < 1, live=live)
+    learned, weights = (ranges == "learned" for ranges in (recipe.quantize.ranges, recipe.quantize.weight_ranges))
+    backend.start_fit(calibrated, learned, weights, dropout=fit.distill < 1, live=live)
     training = Training(
         config=fit,
         seed=recipe.seed + 1,
