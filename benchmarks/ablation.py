@@ -46,7 +46,8 @@ INT4: dict[str, tuple[str, ...]] = {
     "the teacher's logits only": ("fit.distill_features=0.0",),
     "a fifth of the learning rate": ("fit.lr=2e-5",),
     "five times the learning rate": ("fit.lr=5e-4",),
-    "oscillation damping": ("fit.damping=0.01",),
+    "scales of weights learned": ("quantize.weight_ranges=learned",),
+    "oscillation damping": ("fit.damping=0.001",),
 }
 EPOCHS = {"glyphs": (10, 2)}
 COLUMNS = (
