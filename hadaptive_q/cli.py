@@ -33,6 +33,8 @@ Input = Annotated[
     str | None,
     typer.Option("--input", help=f"What the file takes: {', '.join(INPUTS)}; uint8 is RGB bytes, NHWC."),
 ]
+# What a run leaves for the next one, in the order of its steps.
+KEPT = ("float.state", "float.safetensors", "qat.state")
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 
 
@@ -74,7 +76,7 @@ def train(
     from hadaptive_q.pipeline import train_float
 
     folder = _folder(resolved, out)
-    _, trained = _finite(lambda: train_float(resolved, folder))
+    _, trained = _resumable(lambda: train_float(resolved, folder), folder)
     accuracy = top1(trained.logits, trained.labels)
     where = folder / "float.safetensors"
     if as_json:
@@ -120,7 +122,7 @@ def _quantize(recipe: Recipe, checkpoint: Path | None, out: Path | None, to: str
     from hadaptive_q.pipeline import quantize
 
     folder = _folder(recipe, out)
-    report = _finite(lambda: quantize(recipe, folder, checkpoint, formats))
+    report = _resumable(lambda: quantize(recipe, folder, checkpoint, formats), folder)
     if as_json:
         typer.echo(report.model_dump_json(indent=1))
         return
@@ -145,10 +147,18 @@ def _formats(names: str) -> list[str]:
     return list(find_formats([name.strip() for name in names.split(",")]))
 
 
-def _finite(step: Callable[[], Any]) -> Any:
-    """Run `step`; a training that diverges is the user's to mend."""
+def _resumable(step: Callable[[], Any], folder: Path) -> Any:
+    """Run `step`, which trains into `folder`; interrupted, it says what is kept, and a divergence is the user's to mend."""
     try:
         return step()
+    except KeyboardInterrupt:
+        kept = [name for name in KEPT if (folder / name).is_file()]
+        typer.echo(
+            f"hadaptive-q: interrupted; {folder} keeps {', '.join(kept) or 'nothing yet'};"
+            " the same command goes on from there",
+            err=True,
+        )
+        raise typer.Exit(130) from None
     except FloatingPointError as error:
         raise UserError(
             "training", str(error), "a finite loss", "lower the learning rate: --set float.lr=... or fit.lr=..."
@@ -329,7 +339,8 @@ def import_(
     from hadaptive_q.models.checkpoint import load_model, save_model
 
     model = load_model(checkpoint)
-    save_model(model, output_folder(out) / "model.safetensors")
+    with output_folder(out):
+        save_model(model, out / "model.safetensors")
     typer.echo(f"{out / 'model.safetensors'}: {model.config.num_classes} classes, {len(model.config.blocks)} blocks")
 
 

@@ -20,9 +20,9 @@ def export_run(run: Path, to: Sequence[str], out: Path) -> list[Path]:
     formats = find_formats(to)
     finished = open_run(run)
     program = finished.program()
-    atomic.output_folder(out)
-    atomic.write_bytes(out / "float.json", (run / "float.json").read_bytes())
     written = {out / f"model.{name}": format_ for name, format_ in formats.items()}
-    for path, format_ in written.items():
-        write_checked(path, format_.lower(program), format_.open, finished.data)
+    with atomic.output_folder(out):
+        atomic.write_bytes(out / "float.json", (run / "float.json").read_bytes())
+        for path, format_ in written.items():
+            write_checked(path, format_.lower(program), format_.open, finished.data)
     return list(written)

@@ -119,7 +119,11 @@ def search(recipe: Recipe, checkpoint: Path, goal: Goal, out: Path, samples: int
     kept in ``sensitivity.json`` and used again where checkpoint, calibration and number formats are the same.
     Raises UserError where no choice keeps the goal.
     """
-    atomic.output_folder(out)
+    with atomic.output_folder(out):
+        return _search(recipe, checkpoint, goal, out, samples)
+
+
+def _search(recipe: Recipe, checkpoint: Path, goal: Goal, out: Path, samples: int) -> SearchRecord:
     model = load_model(checkpoint)
     data = open_data_for(recipe, model)
     manifest = resolve(find_manifest(recipe.calibration.manifest, data), data)

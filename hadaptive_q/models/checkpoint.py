@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
-from hadaptive_q.atomic import write_text, write_with
+from hadaptive_q.atomic import write_bytes, write_text
 from hadaptive_q.errors import UserError
 from hadaptive_q.models.conductor import read_conductor
 from hadaptive_q.models.config import HadaptiveNetConfig, Preprocess
@@ -39,9 +39,11 @@ def save_model(model: HadaptiveNet, path: Path, training_key: str | None = None)
     """
     config = CheckpointConfig(model=model.config, preprocess=model.preprocess, training_key=training_key)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    # Removed first, written last: a configuration must never stand beside other weights.
-    path.with_suffix(".json").unlink(missing_ok=True)
-    write_with(path, lambda temporary: save_file(tensors, temporary))
+    weights = save(tensors)
+    if not path.is_file() or path.read_bytes() != weights:
+        # Removed first, written last: a configuration must never stand beside other weights.
+        path.with_suffix(".json").unlink(missing_ok=True)
+        write_bytes(path, weights)
     write_text(path.with_suffix(".json"), config.model_dump_json(indent=1) + "\n")
 
 

@@ -95,10 +95,26 @@ def test_a_configuration_never_stands_beside_weights_of_another_run(
     def no_space(*_: object) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr("hadaptive_q.models.checkpoint.save_file", no_space)
+    monkeypatch.setattr("hadaptive_q.models.checkpoint.write_bytes", no_space)
+    with torch.no_grad():
+        nano.head.hidden.bias[0] += 1
     with pytest.raises(OSError, match="no space"):
         save_model(nano, saved, "another run")
     assert read_training_key(saved) is None
+
+
+def test_weights_that_are_there_already_keep_their_configuration(
+    saved: Path, nano: HadaptiveNet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run whose checkpoint lies in its own folder writes it again: killed on the way, it must not have lost it."""
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hadaptive_q.models.checkpoint.write_text", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_model(nano, saved, "another run")
+    assert read_training_key(saved) == "what it was trained from"
 
 
 def test_weights_hold_tensors_only_and_share_none(saved: Path, nano: HadaptiveNet) -> None:
