@@ -65,7 +65,7 @@ def main() -> None:
         write_robustness("kills", measure(Path(folder), arguments.kills, arguments.interrupts))
 
 
-def measure(folder: Path, kills: int, interrupts: int) -> list[tuple[str, str, str]]:
+def measure(folder: Path, kills: int, interrupts: int) -> list[tuple[str, ...]]:
     """Return rows of the table: what was tried, how often, what became of it."""
     make_images(folder / "images")
     begin = time.perf_counter()

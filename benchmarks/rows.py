@@ -175,7 +175,7 @@ def flips(sets: float, ranks: float) -> str:
     return f"{100 * sets:.1f} / {100 * ranks:.1f} %"
 
 
-def write_robustness(name: str, lines: list[tuple[str, str, str]]) -> None:
+def write_robustness(name: str, lines: list[tuple[str, ...]]) -> None:
     """Keep what was tried and what became of it as results/NAME.json, and write the table of docs/robustness.md."""
     columns = ("tried", "how often", "what happened")
     rows: list[Row] = [dict(zip(columns, line, strict=True)) for line in lines]

@@ -148,7 +148,7 @@ def _formats(names: str) -> list[str]:
 
 
 def _resumable(step: Callable[[], Any], folder: Path) -> Any:
-    """Run `step`, which trains into `folder`; interrupted, it says what is kept, and a divergence is the user's to mend."""
+    """Run `step`, which trains into `folder`; interrupted, it says what is kept; a divergence is the user's to mend."""
     try:
         return step()
     except KeyboardInterrupt:
