@@ -2,17 +2,18 @@
 
     python benchmarks/kills.py --kills 24 --interrupts 6
 
-Every run trains, quantizes, lowers and reports a nano network on a small folder of images, as a process of its own. It
-is killed (SIGKILL) or interrupted (SIGINT) at a random moment and started again by the same command, until it is done.
+Every run trains, quantizes, lowers and reports a nano network on a small folder of images, in a process forked from
+this one, which has the libraries loaded. It is killed (SIGKILL) or interrupted (SIGINT) at a random moment and started
+again by the same command, until it is done.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,6 +27,8 @@ from PIL import Image
 from rows import write_robustness
 from safetensors.torch import load_file
 
+from hadaptive_q import pipeline  # noqa: F401
+from hadaptive_q.__main__ import main as hadaptive_q
 from hadaptive_q.lower.runtime import PteFile
 from hadaptive_q.recipe import read_yaml
 from hadaptive_q.report.record import read_report
@@ -70,7 +73,8 @@ def measure(folder: Path, kills: int, interrupts: int) -> list[tuple[str, ...]]:
     make_images(folder / "images")
     begin = time.perf_counter()
     undisturbed = folder / "undisturbed"
-    subprocess.run(command(folder, undisturbed), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, check=True)
+    if Run(folder, undisturbed).wait() != 0:
+        raise SystemExit("the undisturbed run failed")
     whole = time.perf_counter() - begin
     signals = [signal.SIGKILL] * kills + [signal.SIGINT] * interrupts
     random.shuffle(signals)
@@ -79,23 +83,21 @@ def measure(folder: Path, kills: int, interrupts: int) -> list[tuple[str, ...]]:
     while signals:
         out = folder / f"run {runs}"
         while True:
-            process = subprocess.Popen(command(folder, out), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
-            if signals and wait(process, random.uniform(0.1, 0.8) * whole):
-                process.send_signal(signals[-1])
-                _, said = process.communicate()
-                if process.returncode not in (-signal.SIGKILL, 130):
-                    unclear.append(said.decode())
-                if signals[-1] == signal.SIGINT and (b"Traceback" in said or b"interrupted; " not in said):
-                    unclear.append(said.decode())
-                at = phase(out)
-                phases[signals.pop()][at] += 1
-                broken += damaged(out)
-                print(f"{process.returncode} during {at}: {len(signals)} left", file=sys.stderr, flush=True)
-                continue
-            _, said = process.communicate()
-            if process.returncode:
-                unclear.append(said.decode())
-            break
+            run = Run(folder, out)
+            if not signals or not run.lasts(random.uniform(0, 0.7) * whole):
+                if run.wait():
+                    unclear.append(run.said())
+                break
+            os.kill(run.pid, signals[-1])
+            code = run.wait()
+            if code not in (-signal.SIGKILL, 130) or (code == 130) != run.said().startswith(
+                "hadaptive-q: interrupted; "
+            ):
+                unclear.append(run.said())
+            at = phase(out)
+            phases[signals.pop()][at] += 1
+            broken += damaged(out)
+            print(f"{code} during {at}: {len(signals)} left", file=sys.stderr, flush=True)
         runs += 1
         left = [path.name for path in out.iterdir() if path.name.startswith(".") or path.suffix == ".state"]
         other = [name for name in COMPARED if (out / name).read_bytes() != (undisturbed / name).read_bytes()]
@@ -119,19 +121,42 @@ def make_images(root: Path) -> None:
             Image.fromarray(pixels).save(folder / f"{index}.png")
 
 
-def command(folder: Path, out: Path) -> list[str]:
-    settings = [part for setting in (*SETTINGS, *BATCHES) for part in ("--set", setting)]
-    data = str(folder / "images")
-    return [sys.executable, "-m", "hadaptive_q", "qat", "--data", data, "--out", str(out), *settings]
+class Run:
+    """`hadaptive-q qat` into `out`, started."""
 
+    def __init__(self, folder: Path, out: Path) -> None:
+        self.log = folder / "log"
+        self.pid = os.fork()
+        if self.pid == 0:
+            settings = [part for setting in (*SETTINGS, *BATCHES) for part in ("--set", setting)]
+            sys.argv = ["hadaptive-q", "qat", "--data", str(folder / "images"), "--out", str(out), *settings]
+            with open(self.log, "w") as log:
+                os.dup2(log.fileno(), 1)
+                os.dup2(log.fileno(), 2)
+            code = 1
+            try:
+                hadaptive_q()
+            except SystemExit as ended:
+                code = int(ended.code or 0)
+            finally:
+                os._exit(code)
 
-def wait(process: subprocess.Popen[bytes], seconds: float) -> bool:
-    """Return whether `process` still runs after `seconds`."""
-    try:
-        process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        return True
-    return False
+    def lasts(self, seconds: float) -> bool:
+        """Return whether it still runs after `seconds`."""
+        end = time.perf_counter() + seconds
+        while os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            if time.perf_counter() > end:
+                return True
+            time.sleep(0.01)
+        return False
+
+    def wait(self) -> int:
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+    def said(self) -> str:
+        """Return what it printed, without progress bars."""
+        lines = self.log.read_text().splitlines()
+        return "\n".join(line for line in lines if line and not line.startswith(("float ", "qat ")))
 
 
 def phase(out: Path) -> str:

@@ -26,7 +26,7 @@ from PIL import Image
 from rows import write_robustness
 
 CLASSES = 10
-SECONDS = 120
+SECONDS = 60
 MEMORY = 16 * 2**30
 OUTCOMES = ("refused in one line", "same answers", "other answers", "traceback", "process died", "hung")
 SERVER = "server"
