@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from hadaptive_q.errors import UserError
 
 LOCK, PART = ".lock", ".part"
@@ -33,10 +31,12 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(written.fileno())
         temporary.chmod(0o644)
         os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:  # the latter is how safetensors reports a full disk
-        reason = getattr(error, "strerror", None) or str(error)
+    except OSError as error:
         raise UserError(
-            str(path), f"'{reason}'", "a disk that takes the file", "make room and run the same command again"
+            str(path),
+            f"'{error.strerror or error}'",
+            "a disk that takes the file",
+            "make room and run the same command again",
         ) from error
     finally:
         if temporary:

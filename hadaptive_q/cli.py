@@ -241,6 +241,24 @@ def check(
 
 
 @app.command()
+def verify(
+    path: Annotated[Path, typer.Argument(help="A file with its passport beside it, or the folder of a run.")],
+    as_json: AsJson = False,
+) -> None:
+    """Hold files against their passports: the same bytes, the same answers; exit code 1 where one is not itself."""
+    from hadaptive_q.verify import verify as verify_files
+
+    verdicts = verify_files(path)
+    if as_json:
+        typer.echo(json.dumps(verdicts))
+    else:
+        for verdict in verdicts:
+            typer.echo(f"{verdict['file']}: {'; '.join([*verdict['problems'], *verdict['notes']])}")
+    if any(verdict["problems"] for verdict in verdicts):
+        raise typer.Exit(1)
+
+
+@app.command()
 def explain(
     run: Annotated[Path, typer.Argument(help="The folder of a finished qat or ptq run.")],
     layer: Annotated[list[str] | None, typer.Option(help="Only this module and what is inside it, repeatable.")] = None,

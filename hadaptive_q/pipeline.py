@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_model as save_tensors
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -30,9 +29,10 @@ from hadaptive_q.lower.file_formats import FORMATS, ModelFile, find_formats, ope
 from hadaptive_q.lower.parity import agreement, compare, output_scale, sqnr_db, top1, topk
 from hadaptive_q.lower.runtime import PteFile
 from hadaptive_q.models.checkpoint import load_model, read_training_key, save_model
-from hadaptive_q.models.config import VARIANTS
+from hadaptive_q.models.config import VARIANTS, Preprocess
 from hadaptive_q.models.hadaptive_net import HadaptiveNet, create_model
 from hadaptive_q.models.pixels import take_pixels
+from hadaptive_q.passports import Origin
 from hadaptive_q.quant.backends import torchao_pt2e as backend
 from hadaptive_q.quant.backends.torchao_pt2e import Calibrated
 from hadaptive_q.quant.damping import oscillation_damping
@@ -41,6 +41,7 @@ from hadaptive_q.quant.plan import make_plan
 from hadaptive_q.quant.program import QuantizedProgram, export_graph
 from hadaptive_q.recipe import Recipe
 from hadaptive_q.report import measure
+from hadaptive_q.report.passport import drop_passport
 from hadaptive_q.report.record import Accuracy, CoverageRecord, InputRecord, ParityRecord, Report, Size, versions
 from hadaptive_q.report.render import write_report_pages
 from hadaptive_q.rewrite.deploy import deploy_graph
@@ -63,6 +64,16 @@ class FloatModel:
     labels: Tensor
 
 
+@dataclass(frozen=True)
+class Answers:
+    """Logits over the validation split, by form; `onnx` where `model.onnx` was written."""
+
+    quantized: Tensor
+    pte: Tensor
+    float_pte: Tensor
+    onnx: Tensor | None
+
+
 def train_float(recipe: Recipe, out: Path, checkpoint: Path | None = None) -> tuple[ImageData, FloatModel]:
     """Open the data and return the float model: from `checkpoint`, from a finished run in `out`, or trained now.
 
@@ -80,8 +91,11 @@ def _float_model(recipe: Recipe, out: Path, checkpoint: Path | None) -> tuple[Im
     model = given or _trained(recipe, data, out)
     if given:
         model.preprocess = data.preprocess
+        drop_passport(out / "float.safetensors")
         save_model(model, out / "float.safetensors")
     logits, labels = predict(model.eval(), data.val, data.preprocess)
+    origin = Origin(recipe, model.config.name, data.preprocess, labels)
+    origin.of_network(out / "float.safetensors", logits, model)
     return data, FloatModel(model, logits, labels)
 
 
@@ -102,7 +116,8 @@ def _quantize(recipe: Recipe, out: Path, checkpoint: Path | None, to: Sequence[s
     atomic.write_text(out / "recipe.yaml", recipe.to_yaml())
     atomic.write_text(out / "calibration.yaml", manifest.to_yaml())
 
-    seen, teacher = on_file_inputs(recipe, data, reference.model)
+    preprocess, teacher = on_file_inputs(recipe, data.preprocess, reference.model)
+    seen = replace(data, preprocess=preprocess)
     model = copy.deepcopy(teacher)
     if recipe.quantize.selection == "static":
         chosen = freeze_selection(model, batches(manifest, seen, recipe.calibration.batch_size))
@@ -118,12 +133,16 @@ def _quantize(recipe: Recipe, out: Path, checkpoint: Path | None, to: Sequence[s
     write_checked(out / "float.pte", float_pte.data, PteFile, data)
     write_checked(out / "model.pte", quantized_pte.data, PteFile, data)
     for name in FORMATS.keys() - {"pte"}:
+        drop_passport(out / f"model.{name}")
         (out / f"model.{name}").unlink(missing_ok=True)  # of an earlier run in this folder
     for name, format_ in find_formats(to).items():
         if name != "pte":
             write_checked(out / f"model.{name}", format_.lower(program), format_.open, data)
 
-    report = _measure(recipe, out, data, reference, model, manifest, program, deploy, quantized_pte)
+    answers = _answers(out, data, program)
+    report = _measure(recipe, out, data, reference, model, manifest, program, deploy, quantized_pte, answers)
+    origin = Origin(recipe, report.model, data.preprocess, reference.labels, manifest.digest)
+    _write_passports(out, origin, program, answers)
     (out / "explain.json").unlink(missing_ok=True)  # of an earlier run in this folder
     write_report_pages(report, out)
     report.write(out / "report.json")
@@ -139,16 +158,16 @@ def quantized_program(
     calibrated = backend.calibrate(prepared, batches(manifest, data, recipe.calibration.batch_size))
     if recipe.fit:
         _fit(recipe, calibrated, teacher, data, manifest, out)
-    # save_model, not save_file: tensors that share a scale share one fake-quantizer.
-    atomic.write_with(out / "quantized.safetensors", lambda path: save_tensors(calibrated.graph, str(path)))
+    drop_passport(out / "quantized.safetensors")
+    atomic.write_bytes(out / "quantized.safetensors", backend.saved(calibrated))
     return backend.convert(calibrated, data.preprocess, recipe.quantize.input)
 
 
-def on_file_inputs(recipe: Recipe, data: ImageData, model: HadaptiveNet) -> tuple[ImageData, HadaptiveNet]:
-    """Return `data` and `model` as the quantized program takes them: not normalised where the file takes bytes."""
+def on_file_inputs(recipe: Recipe, preprocess: Preprocess, model: HadaptiveNet) -> tuple[Preprocess, HadaptiveNet]:
+    """Return `preprocess` and `model` as the quantized program takes images: not normalised where it takes bytes."""
     if recipe.quantize.input == "float32":
-        return data, model
-    return replace(data, preprocess=data.preprocess.unnormalised), take_pixels(model, data.preprocess)
+        return preprocess, model
+    return preprocess.unnormalised, take_pixels(model, preprocess)
 
 
 def prepare(recipe: Recipe, graph: GraphModule) -> backend.Prepared:
@@ -227,6 +246,7 @@ def _trained(recipe: Recipe, data: ImageData, out: Path) -> HadaptiveNet:
     model.preprocess = data.preprocess
     student = ObservedModel(model)
     train(student.train(), data, replace(training, loss=float_loss(recipe.float, student)))
+    drop_passport(target)
     save_model(model, target, key)
     discard_state(training)
     return model
@@ -250,6 +270,7 @@ def write_checked(path: Path, content: bytes, opened: Callable[[Path], ModelFile
         if logits.shape != (1, data.num_classes) or not logits.isfinite().all():
             raise RuntimeError(f"{path.name}: the lowered file answers {tuple(logits.shape)} with non-finite values")
 
+    drop_passport(path)
     atomic.write_with(path, write)
 
 
@@ -263,14 +284,13 @@ def _measure(
     program: QuantizedProgram,
     deploy: GraphModule,
     lowered: Lowered,
+    answers: Answers,
 ) -> Report:
     labels = reference.labels
-    quantized, _ = predict(program.graph, data.val, program.preprocess)
+    quantized, shipped, onnx = answers.quantized, answers.pte, answers.onnx
     file, float_file = PteFile(out / "model.pte"), PteFile(out / "float.pte")
-    shipped = file.predict(data.val, data.preprocess)
     scale = output_scale(program.graph)
     parity = compare(quantized, shipped, scale)
-    onnx = _answers(out / "model.onnx", data)
     onnx_parity = {} if onnx is None else asdict(compare(quantized, onnx, scale))
     integers, _ = predict(IntegerProgram(program), data.val, program.preprocess)
     static = recipe.quantize.selection == "static"
@@ -323,9 +343,22 @@ def _measure(
     )
 
 
-def _answers(path: Path, data: ImageData) -> Tensor | None:
-    """Return the logits of the file at `path` over the validation split, or None where it was not asked for."""
-    return open_file(path).predict(data.val, data.preprocess) if path.is_file() else None
+def _answers(out: Path, data: ImageData, program: QuantizedProgram) -> Answers:
+    onnx = out / "model.onnx"
+    return Answers(
+        quantized=predict(program.graph, data.val, program.preprocess)[0],
+        pte=PteFile(out / "model.pte").predict(data.val, data.preprocess),
+        float_pte=PteFile(out / "float.pte").predict(data.val, data.preprocess),
+        onnx=open_file(onnx).predict(data.val, data.preprocess) if onnx.is_file() else None,
+    )
+
+
+def _write_passports(out: Path, origin: Origin, program: QuantizedProgram, answers: Answers) -> None:
+    origin.of_program(out / "quantized.safetensors", answers.quantized, program)
+    origin.of_file(out / "float.pte", answers.float_pte)
+    origin.of_file(out / "model.pte", answers.pte, program)
+    if answers.onnx is not None:
+        origin.of_file(out / "model.onnx", answers.onnx, program)
 
 
 def spread(length: int, count: int) -> list[int]:
