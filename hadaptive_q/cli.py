@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,6 +11,7 @@ import typer
 
 from hadaptive_q.arm.cores import CORES
 from hadaptive_q.errors import UserError, nearest
+from hadaptive_q.interruption import resumable
 from hadaptive_q.lower.file_formats import FORMATS, find_formats
 from hadaptive_q.models.config import INPUTS, VARIANTS
 from hadaptive_q.recipe import Recipe, load_recipe, shipped
@@ -33,8 +33,6 @@ Input = Annotated[
     str | None,
     typer.Option("--input", help=f"What the file takes: {', '.join(INPUTS)}; uint8 is RGB bytes, NHWC."),
 ]
-# What a run leaves for the next one, in the order of its steps.
-KEPT = ("float.state", "float.safetensors", "qat.state")
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 
 
@@ -76,7 +74,7 @@ def train(
     from hadaptive_q.pipeline import train_float
 
     folder = _folder(resolved, out)
-    _, trained = _resumable(lambda: train_float(resolved, folder), folder)
+    _, trained = resumable(lambda: train_float(resolved, folder), folder)
     accuracy = top1(trained.logits, trained.labels)
     where = folder / "float.safetensors"
     if as_json:
@@ -122,7 +120,7 @@ def _quantize(recipe: Recipe, checkpoint: Path | None, out: Path | None, to: str
     from hadaptive_q.pipeline import quantize
 
     folder = _folder(recipe, out)
-    report = _resumable(lambda: quantize(recipe, folder, checkpoint, formats), folder)
+    report = resumable(lambda: quantize(recipe, folder, checkpoint, formats), folder)
     if as_json:
         typer.echo(report.model_dump_json(indent=1))
         return
@@ -145,24 +143,6 @@ def _quantize(recipe: Recipe, checkpoint: Path | None, out: Path | None, to: str
 def _formats(names: str) -> list[str]:
     """Return the formats in a comma-separated list; what cannot be written is refused before any work."""
     return list(find_formats([name.strip() for name in names.split(",")]))
-
-
-def _resumable(step: Callable[[], Any], folder: Path) -> Any:
-    """Run `step`, which trains into `folder`; interrupted, it says what is kept; a divergence is the user's to mend."""
-    try:
-        return step()
-    except KeyboardInterrupt:
-        kept = [name for name in KEPT if (folder / name).is_file()]
-        typer.echo(
-            f"hadaptive-q: interrupted; {folder} keeps {', '.join(kept) or 'nothing yet'};"
-            " the same command goes on from there",
-            err=True,
-        )
-        raise typer.Exit(130) from None
-    except FloatingPointError as error:
-        raise UserError(
-            "training", str(error), "a finite loss", "lower the learning rate: --set float.lr=... or fit.lr=..."
-        ) from error
 
 
 @app.command("eval")
