@@ -90,9 +90,11 @@ def measure(folder: Path, kills: int, interrupts: int) -> list[tuple[str, ...]]:
                 break
             os.kill(run.pid, signals[-1])
             code = run.wait()
-            if code not in (-signal.SIGKILL, 130) or (code == 130) != run.said().startswith(
-                "hadaptive-q: interrupted; "
-            ):
+            if code == 0:  # it was done just then
+                print(f"{signals[-1].name} came to nothing: {phase(out)}", file=sys.stderr, flush=True)
+                break
+            interrupted = run.said().startswith("hadaptive-q: interrupted; ")
+            if code not in (-signal.SIGKILL, 130) or (code == 130) != interrupted:
                 unclear.append(run.said())
             at = phase(out)
             phases[signals.pop()][at] += 1

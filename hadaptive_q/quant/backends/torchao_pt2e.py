@@ -203,9 +203,9 @@ def quantizer_of(graph: GraphModule, name: str) -> ActivationFakeQuantize:
 def saved(calibrated: Calibrated) -> bytes:
     """Return the state of a calibrated graph as safetensors for `restore`; the same state gives the same bytes.
 
-    Tensors that share a fake-quantizer are in it once, by their first name. (The library's own way of doing so notes the
-    other names down, in an order of its own every time.)
+    Tensors that share a fake-quantizer are in it once, by their first name.
     """
+    # Not the library's save_model: it notes the other names down, in an order of its own every time.
     first: dict[int, tuple[str, Tensor]] = {}
     for name, tensor in sorted(calibrated.graph.state_dict().items()):
         first.setdefault(tensor.data_ptr(), (name, tensor))
