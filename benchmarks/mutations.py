@@ -2,8 +2,9 @@
 
     python benchmarks/mutations.py RUN --count 300
 
-RUN is a folder that `hadaptive-q qat --to pte,onnx` wrote for `digits`. Every mutant goes the way of
-`hadaptive-q eval`, in a process that serves many; where one kills it, it is started again.
+RUN is a folder that `hadaptive-q qat --to pte,onnx` wrote for `digits`. Every mutant is evaluated as `hadaptive-q eval`
+does in its child process, but in one that serves many; where a mutant ends it, it is started again, and that mutant is
+evaluated once more as a user would, by `evaluate_file`, which has to refuse it.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ CLASSES = 10
 SECONDS = 60
 MEMORY = 16 * 2**30
 OUTCOMES = ("refused in one line", "same answers", "other answers", "traceback", "process died", "hung")
+UNSAFE = OUTCOMES[3:]
 SERVER = "server"
 
 
@@ -44,14 +46,16 @@ def main() -> None:
         shutil.copy(arguments.run / "float.json", folder)
         for kind in ("pte", "onnx"):
             content = (arguments.run / f"model.{kind}").read_bytes()
-            found = measure(content, Path(folder) / f"mutant.{kind}", data, arguments.count, arguments.seed)
+            found, outside = measure(content, Path(folder) / f"mutant.{kind}", data, arguments.count, arguments.seed)
             outcome = ", ".join(f"{found[name]} {name}" for name in OUTCOMES if found[name])
-            lines.append((f"`.{kind}` cut or flipped", str(arguments.count), outcome))
+            lines.append((f"`.{kind}` cut or flipped, in a child process", str(arguments.count), outcome))
+            outcome = ", ".join(f"{count} {name}" for name, count in outside.items()) or "none"
+            lines.append(("those of them that ended it, in `eval`", str(sum(outside.values())), outcome))
     write_robustness("mutations", lines)
 
 
-def measure(content: bytes, path: Path, data: Path, count: int, seed: int) -> Counter[str]:
-    """Return how many mutants of `content` ended in each of `OUTCOMES`."""
+def measure(content: bytes, path: Path, data: Path, count: int, seed: int) -> tuple[Counter[str], Counter[str]]:
+    """Return how many mutants of `content` ended in each of `OUTCOMES`: all in the child, the unsafe ones in `eval`."""
     generator = random.Random(seed)
     with Server(data) as server:
         path.write_bytes(content)
@@ -59,14 +63,18 @@ def measure(content: bytes, path: Path, data: Path, count: int, seed: int) -> Co
         if not wanted.startswith("answers"):
             raise SystemExit(f"{path.name} as it was written: {wanted}")
         found: Counter[str] = Counter()
+        outside: Counter[str] = Counter()
         for index in range(count):
             path.write_bytes(mutate(content, generator))
             answer = server.ask(path)
             if answer.startswith("answers"):
                 answer = "same answers" if answer == wanted else "other answers"
             found[answer] += 1
+            if answer in UNSAFE:
+                again = server.ask(path, "evaluate_file")
+                outside["answers" if again.startswith("answers") else again] += 1
             print(f"{path.suffix} {index}: {answer}", file=sys.stderr, flush=True)
-    return found
+    return found, outside
 
 
 def mutate(content: bytes, generator: random.Random) -> bytes:
@@ -109,13 +117,13 @@ class Server:
     def __exit__(self, *_: object) -> None:
         self._end()
 
-    def ask(self, path: Path) -> str:
+    def ask(self, path: Path, function: str = "evaluate_written") -> str:
         if self.process is None:
             command = [sys.executable, __file__, SERVER, str(self.data)]
             self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        print(path, file=self.process.stdin, flush=True)
+        print(function, path, file=self.process.stdin, flush=True)
         with _ended_after(self.process, SECONDS) as ended:
             answer = self.process.stdout.readline().strip()
         if not answer:
@@ -166,8 +174,12 @@ def serve(data: str) -> None:
     vars(evaluate)["top1"] = keep  # accuracy alone would not tell whether an answer changed
     for line in sys.stdin:
         try:
-            evaluate.evaluate_file(Path(line.strip()), data)
-            answer = f"answers {hashlib.sha256(logits[-1].numpy().tobytes()).hexdigest()}"
+            function, path = line.strip().split(" ", 1)
+            if function == "evaluate_file":
+                answer = f"answers {evaluate.evaluate_file(Path(path), data)}"
+            else:
+                evaluate.evaluate_written(path, data)
+                answer = f"answers {hashlib.sha256(logits[-1].numpy().tobytes()).hexdigest()}"
         except UserError as error:
             answer = "refused in one line" if "\n" not in str(error) else "traceback"
         except BaseException as error:
