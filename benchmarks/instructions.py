@@ -4,7 +4,8 @@
 
 Random weights and inputs: the count does not depend on them. Per-sample selection, batch 1; one thread where
 instructions are counted, the runtime's own choice on the host, where all files run in alternation. Rows replace those
-of the same model and file in benchmarks/results/instructions.json, from which the table in README.md is made.
+of the same model and file in benchmarks/results/instructions.json, from which the table in README.md is made; with
+`--counts-only` they add their counts to them and leave the latencies, which want a quiet host, as they are.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from hadaptive_q.arm.cores import CORES
 from hadaptive_q.bench import bench_files
 from hadaptive_q.models.config import VARIANTS
 
-COLUMNS = ("model", "file", "bytes", "instructions", "of stock int8", "this host", "of stock int8")
 BASE = "stock int8"
 
 
@@ -31,12 +31,14 @@ def main() -> None:
     parser.add_argument("--core", action="append", default=[], choices=CORES)
     parser.add_argument("--form", action="append", default=[], choices=FORMS, help="all unless given")
     parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--counts-only", action="store_true", help="keep the latencies of earlier rows")
     parser.add_argument("--render", action="store_true", help="only write the README table from the results")
     arguments = parser.parse_args()
     if not arguments.render:
         models = arguments.model or ["hadaptive_net_s"]
         forms = arguments.form or FORMS
-        _keep(_measure(models, forms, arguments.core or ["cortex-a76"], arguments.image_size))
+        rows = _measure(models, forms, arguments.core or ["cortex-a76"], arguments.image_size)
+        _keep(rows, arguments.counts_only)
     write_section("instructions", _table)
 
 
@@ -64,8 +66,14 @@ def _measure(models: Sequence[str], forms: Sequence[str], cores: Sequence[str], 
     ]
 
 
-def _keep(rows: list[Row]) -> None:
-    kept = {_identity(row): row for row in [*read_results("instructions"), *rows]}
+def _keep(rows: list[Row], counts_only: bool) -> None:
+    kept = {_identity(row): row for row in read_results("instructions")}
+    for row in rows:
+        old = kept.get(_identity(row), row)
+        # Counts of another file say nothing of this one.
+        if counts_only and old["bytes"] == row["bytes"]:
+            row = {**old, "instructions": {**old["instructions"], **row["instructions"]}}
+        kept[_identity(row)] = row
     write_results("instructions", sorted(kept.values(), key=_identity))
 
 
@@ -75,19 +83,20 @@ def _identity(row: Row) -> tuple[int, int, int]:
 
 def _table(rows: list[Row]) -> str:
     bases = {(row["model"], row["image_size"]): row for row in rows if row["form"] == BASE}
-    return markdown(COLUMNS, [_line(row, bases[row["model"], row["image_size"]]) for row in rows])
+    cores = [core for core in CORES if any(core in row["instructions"] for row in rows)]
+    lines = [_line(row, bases[row["model"], row["image_size"]], cores) for row in rows]
+    return markdown(("model", "file", "bytes", *cores, "this host"), lines)
 
 
-def _line(row: Row, base: Row) -> tuple[str, ...]:
-    counts = {core: (count, base["instructions"].get(core)) for core, count in row["instructions"].items()}
+def _line(row: Row, base: Row, cores: Sequence[str]) -> tuple[str, ...]:
+    counts, others = row["instructions"], base["instructions"]
+    ratio = row["host_ms_median"] / base["host_ms_median"]
     return (
         f"{row['model'].removeprefix('hadaptive_net_').upper()} at {row['image_size']}",
         row["form"],
         f"{row['bytes']:,}",
-        ", ".join(f"{count:,} ({core})" for core, (count, _) in counts.items()),
-        ", ".join(f"{count / other:.3f}" for count, other in counts.values() if other),
-        f"{row['host_ms_median']:.2f} ms ± {row['host_ms_spread']:.2f}",
-        f"{row['host_ms_median'] / base['host_ms_median']:.3f}",
+        *(f"{counts[core]:,} ({counts[core] / others[core]:.3f})" if core in counts else "" for core in cores),
+        f"{row['host_ms_median']:.2f} ms ± {row['host_ms_spread']:.2f} ({ratio:.3f})",
     )
 
 

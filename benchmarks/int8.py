@@ -39,6 +39,9 @@ NAMES = {
     "int8": "`int8` (QAT)",
     "int8_static": "`int8_static` (QAT)",
     "int8_ptq": "`int8_ptq`",
+    "int8_brevitas": "`int8_brevitas` (QAT)",
+    "int4_brevitas": "`int4_brevitas` (QAT, W4A8)",
+    "w4a4_brevitas": "`w4a4_brevitas` (QAT, W4A4)",
     "stock": "stock `XNNPACKQuantizer` PTQ",
     "int4": "`int4` (QAT)",
     "int4_ptq": "`int4_ptq`",
@@ -80,7 +83,7 @@ def _rows(model: str, data: str, seed: int, recipes: Sequence[str], out: Path) -
         if name in FIRST_SEED_ONLY and seed > 0:
             continue
         folder = out / f"{prefix}-{name}"
-        rows.append(run(load_recipe(name, _settings(name, model, data, seed)), folder, checkpoint))
+        rows.append(run(load_recipe(name, settings(name, model, data, seed)), folder, checkpoint))
         checkpoint = checkpoint or folder / "float.safetensors"
     assert checkpoint is not None
     rows.append(stock_row(data, seed, checkpoint, out / f"{prefix}-stock.json"))
@@ -89,14 +92,14 @@ def _rows(model: str, data: str, seed: int, recipes: Sequence[str], out: Path) -
     return rows
 
 
-def _settings(name: str, model: str, data: str, seed: int) -> list[str]:
+def settings(name: str, model: str, data: str, seed: int) -> list[str]:
     """Return the ``--set`` of one run."""
-    settings = [f"model={model}", f"data={data}", f"seed={seed}"]
+    given = [f"model={model}", f"data={data}", f"seed={seed}"]
     if data in FLOAT_EPOCHS:
-        settings.append(f"float.epochs={FLOAT_EPOCHS[data]}")
+        given.append(f"float.epochs={FLOAT_EPOCHS[data]}")
     if data in FIT_EPOCHS and load_recipe(name).fit:
-        settings.append(f"fit.epochs={FIT_EPOCHS[data]}")
-    return settings
+        given.append(f"fit.epochs={FIT_EPOCHS[data]}")
+    return given
 
 
 def _table(rows: list[Row]) -> str:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from hadaptive_q.arm.cores import CORES
+from hadaptive_q.arm.cores import CORES, find_core
 from hadaptive_q.errors import UserError, nearest
 from hadaptive_q.interruption import resumable
 from hadaptive_q.lower.file_formats import FORMATS, find_formats
@@ -170,8 +170,8 @@ def bench(
     as_json: AsJson = False,
 ) -> None:
     """Measure latency on this host and instructions per inference on emulated ARM64 cores."""
-    from hadaptive_q.arm.cores import find_core
     from hadaptive_q.bench import bench_files, ratios
+    from hadaptive_q.report.bench_listing import bench_listing
 
     for name in core or []:
         find_core(name)
@@ -182,21 +182,7 @@ def bench(
     if as_json:
         typer.echo(json.dumps(results))
         return
-    for result in results:
-        shares = result.get("of_compared", {"arm": {}})
-        typer.echo(f"{result['file']}: {result['bytes']:,} bytes{_share(shares.get('bytes'))}")
-        host = f"{result['host_ms_median']:.3f} ms, spread {result['host_ms_spread']:.3f}"
-        typer.echo(f"  this host: {host}{_share(shares.get('host_ms_median'))}")
-        for name, cost in result["arm"].items():
-            ratio = _share(shares["arm"].get(name))
-            classes = ", ".join(f"{kind} {count:,}" for kind, count in cost["by_class"].items())
-            typer.echo(f"  {name}: {cost['instructions']:,} instructions{ratio} ({classes})")
-            for operator, count in cost.get("operators", {}).items():
-                typer.echo(f"    {count:>12,}  {operator}")
-
-
-def _share(share: float | None) -> str:
-    return "" if share is None else f", {share:.3f} of the compared file"
+    typer.echo(bench_listing(results))
 
 
 @app.command()
@@ -272,12 +258,16 @@ def search(
     data: Data = None,
     recipe: Annotated[str | None, typer.Option(help="All but the bits: a run's own, else int4_ptq.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Validation images, spread over the split.")] = 2048,
+    core: Annotated[
+        str, typer.Option(help=f"Emulated core to count instructions on: {', '.join(CORES)}.")
+    ] = "cortex-a76",
     out: Out = None,
     input_: Input = None,
     set_: Settings = None,
     as_json: AsJson = False,
 ) -> None:
     """Choose layers for 4-bit weights by their noise and write a recipe with them; no training."""
+    find_core(core)
     if (target_size is None) == (max_drop is None):
         got = "neither" if target_size is None else "both"
         raise UserError("--target-size and --max-drop", got, "one of them", "such as --target-size 1.4MB")
@@ -292,7 +282,7 @@ def search(
 
     folder = out or Path(f"{_folder(resolved, None)}-search")
     checkpoint = start / "float.safetensors" if finished else start
-    record = search_bits(resolved, checkpoint, Goal(target, max_drop), folder, samples)
+    record = search_bits(resolved, checkpoint, Goal(target, max_drop), folder, samples, core)
     if as_json:
         typer.echo(record.model_dump_json(indent=1))
         return

@@ -47,7 +47,7 @@ class Origin:
             logits,
             step=output_scale(program.graph) if program else None,
             input_=InputRecord(dtype=file.input.dtype, shape=list(file.input.shape)),
-            features=wanted_arm_features(program.plan) if program and kind == "pte" else (),
+            features=wanted_arm_features(path.read_bytes()) if kind == "pte" else (),
             packages=FORMATS[kind].packages,
         )
 

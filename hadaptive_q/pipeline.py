@@ -33,7 +33,8 @@ from hadaptive_q.models.config import VARIANTS, Preprocess
 from hadaptive_q.models.hadaptive_net import HadaptiveNet, create_model
 from hadaptive_q.models.pixels import take_pixels
 from hadaptive_q.passports import Origin
-from hadaptive_q.quant.backends import torchao_pt2e as backend
+from hadaptive_q.quant.backends import torchao_pt2e
+from hadaptive_q.quant.backends.select import Backend, find_backend
 from hadaptive_q.quant.backends.torchao_pt2e import Calibrated
 from hadaptive_q.quant.damping import oscillation_damping
 from hadaptive_q.quant.interpreter import IntegerProgram
@@ -106,6 +107,7 @@ def quantize(recipe: Recipe, out: Path, checkpoint: Path | None = None, to: Sequ
     `model.FORMAT` for what else `to` names. Each file appears whole; the report is the last.
     """
     find_formats(to)
+    find_backend(recipe.quantize.backend)  # raises before any training where it is not installed
     with atomic.output_folder(out):
         return _quantize(recipe, out, checkpoint, to)
 
@@ -155,12 +157,13 @@ def quantized_program(
 ) -> QuantizedProgram:
     """Prepare, calibrate, fit where the recipe trains, and convert `model`; `teacher` is the network as trained."""
     prepared = prepare(recipe, deploy_graph(model, data.preprocess.image_size))
+    backend = find_backend(recipe.quantize.backend)
     calibrated = backend.calibrate(prepared, batches(manifest, data, recipe.calibration.batch_size))
     if recipe.fit:
-        _fit(recipe, calibrated, teacher, data, manifest, out)
+        _fit(recipe, backend, calibrated, teacher, data, manifest, out)
     drop_passport(out / "quantized.safetensors")
-    atomic.write_bytes(out / "quantized.safetensors", backend.saved(calibrated))
-    return backend.convert(calibrated, data.preprocess, recipe.quantize.input)
+    atomic.write_bytes(out / "quantized.safetensors", torchao_pt2e.saved(calibrated))
+    return torchao_pt2e.convert(calibrated, data.preprocess, recipe.quantize.input)
 
 
 def on_file_inputs(recipe: Recipe, preprocess: Preprocess, model: HadaptiveNet) -> tuple[Preprocess, HadaptiveNet]:
@@ -170,13 +173,19 @@ def on_file_inputs(recipe: Recipe, preprocess: Preprocess, model: HadaptiveNet) 
     return preprocess.unnormalised, take_pixels(model, preprocess)
 
 
-def prepare(recipe: Recipe, graph: GraphModule) -> backend.Prepared:
+def prepare(recipe: Recipe, graph: GraphModule) -> torchao_pt2e.Prepared:
     """Plan `recipe` on the deploy graph `graph` and insert its fake-quantizers (in place)."""
-    return backend.prepare(graph, make_plan(graph, recipe.quantize), recipe.quantize.observer)
+    return torchao_pt2e.prepare(graph, make_plan(graph, recipe.quantize), recipe.quantize.observer)
 
 
 def _fit(
-    recipe: Recipe, calibrated: Calibrated, teacher: HadaptiveNet, data: ImageData, manifest: Manifest, out: Path
+    recipe: Recipe,
+    backend: Backend,
+    calibrated: Calibrated,
+    teacher: HadaptiveNet,
+    data: ImageData,
+    manifest: Manifest,
+    out: Path,
 ) -> None:
     fit = recipe.fit
     assert fit is not None
@@ -241,6 +250,7 @@ def _trained(recipe: Recipe, data: ImageData, out: Path) -> HadaptiveNet:
     if read_training_key(target) == key:
         discard_state(training)  # of a run that was killed just before
         return load_model(target)
+    _check_layers(recipe, data)
     torch.manual_seed(recipe.seed)
     model = create_model(recipe.model, data.num_classes, slot_order=recipe.slot_order)
     model.preprocess = data.preprocess
@@ -250,6 +260,13 @@ def _trained(recipe: Recipe, data: ImageData, out: Path) -> HadaptiveNet:
     save_model(model, target, key)
     discard_state(training)
     return model
+
+
+def _check_layers(recipe: Recipe, data: ImageData) -> None:
+    """Raise UserError for a name in `quantize.layers` that the network will not have: before it is trained."""
+    if recipe.quantize.layers:
+        untrained = create_model(recipe.model, data.num_classes, slot_order=recipe.slot_order).eval()
+        make_plan(deploy_graph(untrained, data.preprocess.image_size), recipe.quantize)
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -305,7 +322,7 @@ def _measure(
         calibration_digest=manifest.digest or "",
         data=data.name,
         seed=recipe.seed,
-        versions=versions(*(() if onnx is None else FORMATS["onnx"].packages)),
+        versions=versions(recipe.quantize.backend, *(() if onnx is None else FORMATS["onnx"].packages)),
         accuracy=Accuracy(
             samples=len(labels),
             float_top1=top1(reference.logits, labels),
@@ -334,7 +351,7 @@ def _measure(
             **{f"onnx_{key}": value for key, value in onnx_parity.items()},
         ),
         coverage=CoverageRecord(
-            **asdict(lowered.coverage), wanted_arm_features=list(wanted_arm_features(program.plan))
+            **asdict(lowered.coverage), wanted_arm_features=list(wanted_arm_features(lowered.data))
         ),
         input=InputRecord(dtype=file.input.dtype, shape=list(file.input.shape)),
         ach=measure.measure_ach(deploy, program, inputs, overlap),

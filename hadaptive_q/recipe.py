@@ -22,7 +22,8 @@ from hadaptive_q.errors import UserError, nearest
 from hadaptive_q.models.config import VARIANTS, InputName, SlotOrder
 
 Share = Annotated[float, Field(ge=0, lt=1)]
-Bits = Literal[4, 8]
+Bits = Annotated[int, Field(ge=2, le=8)]
+BackendName = Literal["torchao", "brevitas"]
 # Random generators take 64 bits, of which every epoch has a part of its own.
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 ImageSize = Annotated[int, Field(gt=0, le=4096)]
@@ -73,18 +74,19 @@ class CalibrationConfig(_Section):
 
 
 class QuantizeConfig(_Section):
-    """Number formats, how ranges are found, and what the written file takes (`models.config.InputName`).
+    """Number formats, who finds and learns scales, and what the written file takes (`models.config.InputName`).
 
-    `pointwise_weight_bits` holds for 1x1 convolutions and linears, except the stem and what a selection's scores are
-    computed from; `weight_bits` for all other layers. `layers` has the exceptions, by the name of a layer or of a
-    module around some: 4 for all of them that the runtime has arithmetic for, the stem and the scores' included.
+    `pointwise_weight_bits` holds for 1x1 convolutions and linears that the runtime has arithmetic with 4-bit weights
+    for, except the stem and what a selection's scores are computed from; `weight_bits` for all other layers. `layers`
+    has the exceptions, by the name of a layer or of a module around some. With 4 `activation_bits` the image, the
+    logits and what scores are computed from keep 8.
     """
 
-    backend: Literal["torchao"] = "torchao"
-    weight_bits: Literal[8] = 8
+    backend: BackendName = "torchao"
+    weight_bits: Bits = 8
     pointwise_weight_bits: Bits = 8
     layers: dict[str, Bits] = {}
-    activation_bits: Literal[8] = 8
+    activation_bits: Literal[4, 8] = 8
     observer: Literal["minmax", "mse", "histogram", "product"] = "histogram"
     ranges: Literal["observed", "learned"] = "observed"
     selection: Literal["dynamic", "static"] = "dynamic"

@@ -2,7 +2,8 @@
 
 No training: the float network is calibrated with 8-bit weights, every layer's noise in 4 bits is measured alone
 (`quant.sensitivity`), and a knapsack picks the layers for a size (`quant.assignment`). The choice is then prepared,
-calibrated and lowered as its recipe says, and what is promised of it is measured on that.
+calibrated and lowered as its recipe says, and what is promised of it is measured on that. What bits cost in
+instructions is counted on an emulated core, where this machine has the emulator.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,28 +22,35 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from hadaptive_q import atomic
+from hadaptive_q.arm.build import missing
+from hadaptive_q.arm.count import count_instructions
 from hadaptive_q.data.calibration import Manifest, batches, find_manifest, resolve
 from hadaptive_q.data.datasets import ImageData, TensorSplit
 from hadaptive_q.errors import UserError
 from hadaptive_q.lower.executorch import lower
+from hadaptive_q.lower.layer_costs import instructions_added
 from hadaptive_q.lower.parity import top1
 from hadaptive_q.models.checkpoint import load_model
 from hadaptive_q.models.config import VARIANTS
 from hadaptive_q.models.hadaptive_net import HadaptiveNet
 from hadaptive_q.pipeline import on_file_inputs, open_data_for, prepare, spread, weights_digest
 from hadaptive_q.quant.assignment import choose
-from hadaptive_q.quant.backends import torchao_pt2e as backend
+from hadaptive_q.quant.backends import torchao_pt2e
+from hadaptive_q.quant.backends.select import find_backend
+from hadaptive_q.quant.plan import exceptions
 from hadaptive_q.quant.program import QuantizedProgram
 from hadaptive_q.quant.sensitivity import FourBitLayer, find_layers, in_four_bits, joint_noise, measure_sensitivity
 from hadaptive_q.recipe import Recipe
 from hadaptive_q.report.plots import pareto_png
 from hadaptive_q.report.record import versions
-from hadaptive_q.report.search_record import FrontPoint, SearchedLayer, SearchRecord
+from hadaptive_q.report.search_record import FrontPoint, Instructions, SearchedLayer, SearchRecord
 from hadaptive_q.rewrite.deploy import deploy_graph
 from hadaptive_q.rewrite.freeze_selection import freeze_selection
 from hadaptive_q.train.loop import predict
 
 STEPS = 24
+# So many choices of the front, spread over it, get their accuracy measured where the goal does not ask for it.
+MEASURED = 5
 
 
 @dataclass(frozen=True)
@@ -57,27 +66,45 @@ class _Choice:
     """The layers in 4 bits, what is predicted of them, and the program made of them with its size."""
 
     layers: list[FourBitLayer]
-    pte_bytes: int
     predicted_bytes: int
     program: QuantizedProgram
+    pte: bytes
+
+    @property
+    def pte_bytes(self) -> int:
+        return len(self.pte)
 
     @property
     def noise(self) -> float:
         return sum(layer.sensitivity for layer in self.layers)
 
 
+@dataclass(frozen=True)
+class _Costs:
+    """Instructions on `core`: of the file with none and with all layers in 4 bits, and what each layer adds."""
+
+    core: str
+    int8: int
+    smallest: int
+    added: dict[str, int]
+
+    def predicted(self, chosen: Sequence[FourBitLayer]) -> int:
+        return self.int8 + sum(self.added[layer.layer] for layer in chosen)
+
+
 @dataclass
 class _Case:
-    """What a search works with: the base recipe in 8 bits, its calibrated graph, images, layers and sizes."""
+    """What a search works with: the base recipe in 8 bits, its calibrated graph, images, layers, sizes and costs."""
 
     recipe: Recipe
     data: ImageData
     deploy: GraphModule
-    calibrated: backend.Calibrated
+    calibrated: torchao_pt2e.Calibrated
     inputs: list[Tensor]
     val: TensorSplit
     layers: list[FourBitLayer] = field(default_factory=list)
     int8_bytes: int = 0
+    costs: _Costs | None = None
 
     @property
     def smallest_bytes(self) -> int:
@@ -99,31 +126,36 @@ class _Case:
         return self.int8_bytes - sum(layer.bytes_saved for layer in chosen)
 
     def mixed(self, chosen: Sequence[FourBitLayer]) -> Recipe:
-        """Return the recipe with the bits of every layer that was measured."""
+        """Return the recipe with the bits of every layer that was measured, and of those that it had fixed."""
         layers = {layer.layer: 4 if layer in chosen else 8 for layer in self.layers}
-        quantize = self.recipe.quantize.model_copy(update={"layers": layers})
+        quantize = self.recipe.quantize.model_copy(update={"layers": self.recipe.quantize.layers | layers})
         return self.recipe.model_copy(update={"quantize": quantize})
 
     def make(self, chosen: list[FourBitLayer]) -> _Choice:
         """Prepare, calibrate, convert and lower the network with `chosen` in 4 bits."""
-        calibrated = backend.calibrate(prepare(self.mixed(chosen), copy.deepcopy(self.deploy)), self.inputs)
-        program = backend.convert(calibrated, self.data.preprocess, self.recipe.quantize.input)
-        return _Choice(chosen, len(lower(program.export()).data), self.predicted(chosen), program)
+        prepared = prepare(self.mixed(chosen), copy.deepcopy(self.deploy))
+        calibrated = find_backend(self.recipe.quantize.backend).calibrate(prepared, self.inputs)
+        program = torchao_pt2e.convert(calibrated, self.data.preprocess, self.recipe.quantize.input)
+        return _Choice(chosen, self.predicted(chosen), program, lower(program.export()).data)
 
 
-def search(recipe: Recipe, checkpoint: Path, goal: Goal, out: Path, samples: int = 2048) -> SearchRecord:
+def search(
+    recipe: Recipe, checkpoint: Path, goal: Goal, out: Path, samples: int = 2048, core: str | None = None
+) -> SearchRecord:
     """Choose bits for every layer of `checkpoint` and write `NAME.yaml`, `search.json` and `search.png` into `out`.
 
-    `recipe` gives all but the bits of weights; NAME is its name with ``_mixed``. Accuracy is that of `samples`
-    validation images spread over the split: choosing by them, a limit on the drop holds for them. Sensitivities are
-    kept in ``sensitivity.json`` and used again where checkpoint, calibration and number formats are the same.
-    Raises UserError where no choice keeps the goal.
+    `recipe` gives all but the bits of weights; what its own `quantize.layers` fixes stays. NAME is its name with
+    ``_mixed``. Accuracy is that of `samples` validation images spread over the split: choosing by them, a limit on the
+    drop holds for them. Instructions are those of `core`, where it is given and the emulator is there. Sensitivities
+    and counts are kept in ``sensitivity.json`` and ``instructions.json``, and used again where checkpoint, calibration
+    and number formats are the same.
+    Raises UserError where no choice keeps the goal, and where the recipe leaves nothing to choose.
     """
     with atomic.output_folder(out):
-        return _search(recipe, checkpoint, goal, out, samples)
+        return _search(recipe, checkpoint, goal, out, samples, core)
 
 
-def _search(recipe: Recipe, checkpoint: Path, goal: Goal, out: Path, samples: int) -> SearchRecord:
+def _search(recipe: Recipe, checkpoint: Path, goal: Goal, out: Path, samples: int, core: str | None) -> SearchRecord:
     model = load_model(checkpoint)
     data = open_data_for(recipe, model)
     manifest = resolve(find_manifest(recipe.calibration.manifest, data), data)
@@ -133,12 +165,17 @@ def _search(recipe: Recipe, checkpoint: Path, goal: Goal, out: Path, samples: in
     case = _prepare(recipe, model, data, manifest, samples)
     key = _key(case.recipe, digest, manifest.digest or "", data)
     _measure(case, out / "sensitivity.json", key)
+    absent = missing() if core else "no core was asked for"
+    if core and not absent:
+        case.costs = _costs(case, core, out / "instructions.json", key)
 
     int8_top1 = case.top1([])
     front = _front(case)
     if goal.target_bytes is not None:
         choice = _for_size(case, goal.target_bytes)
-        points = [_point(case, layers) for layers in front]
+        wanted = spread(len(front) - 1, MEASURED)
+        points = [_point(case, layers, case.top1(layers) if i in wanted else None) for i, layers in enumerate(front)]
+        points[-1] = _point(case, front[-1], int8_top1)
     else:
         assert goal.max_drop is not None
         choice, points = _for_drop(case, goal.max_drop, float_top1, int8_top1, front)
@@ -162,7 +199,9 @@ def _search(recipe: Recipe, checkpoint: Path, goal: Goal, out: Path, samples: in
         float_top1=float_top1,
         int8_top1=int8_top1,
         top1=_top1(case, choice.program),
-        layers=[_searched(layer, choice.layers) for layer in case.layers],
+        instructions=_instructions(case, choice),
+        instructions_absent=absent,
+        layers=[_searched(case, layer, choice.layers) for layer in case.layers],
         front=points,
     )
     written = case.mixed(choice.layers)
@@ -182,7 +221,7 @@ def _mixed(recipe: Recipe) -> str:
 
 
 def _prepare(recipe: Recipe, model: HadaptiveNet, data: ImageData, manifest: Manifest, samples: int) -> _Case:
-    bits = recipe.quantize.model_copy(update={"pointwise_weight_bits": 8, "layers": {}})
+    bits = recipe.quantize.model_copy(update={"pointwise_weight_bits": 8})
     variant = model.config.name if model.config.name in VARIANTS else recipe.model
     own = {"name": _mixed(recipe), "model": variant, "slot_order": model.config.slot_order}
     recipe = recipe.model_copy(update={**own, "quantize": bits})
@@ -192,7 +231,8 @@ def _prepare(recipe: Recipe, model: HadaptiveNet, data: ImageData, manifest: Man
     if recipe.quantize.selection == "static":
         freeze_selection(model, inputs)
     deploy = deploy_graph(model, data.preprocess.image_size)
-    calibrated = backend.calibrate(prepare(recipe, copy.deepcopy(deploy)), inputs)
+    # Scales that follow the weights, whatever finds those of the recipe: bits change while it measures.
+    calibrated = torchao_pt2e.calibrate(prepare(recipe, copy.deepcopy(deploy)), inputs)
     return _Case(recipe, data, deploy, calibrated, inputs, _few(data, samples))
 
 
@@ -210,23 +250,68 @@ def _key(recipe: Recipe, checkpoint: str, calibration: str, data: ImageData) -> 
 
 def _measure(case: _Case, cache: Path, key: str) -> None:
     """Fill in the layers with their sensitivities and the size of the int8 file, from `cache` where its key fits."""
-    kept = _read(cache)
-    if kept.get("key") == key:
-        case.layers = [FourBitLayer(**{**layer, "nodes": tuple(layer["nodes"])}) for layer in kept["layers"]]
-        case.int8_bytes = kept["int8_bytes"]
-        return
-    case.layers = measure_sensitivity(case.calibrated.graph, find_layers(case.deploy), torch.cat(case.inputs))
-    case.int8_bytes = case.make([]).pte_bytes
-    content = {"key": key, "int8_bytes": case.int8_bytes, "layers": [asdict(layer) for layer in case.layers]}
-    atomic.write_text(cache, json.dumps(content, indent=1) + "\n")
+
+    def measured() -> dict[str, Any]:
+        fixed = exceptions(case.deploy, case.recipe.quantize.layers)
+        free = [layer for layer in find_layers(case.deploy) if fixed.keys().isdisjoint(layer.nodes)]
+        case.layers = measure_sensitivity(case.calibrated.graph, free, torch.cat(case.inputs))
+        if not case.layers:
+            raise UserError(
+                "quantize.layers", "bits for every layer that can have 4", "some left to choose", "remove some of them"
+            )
+        return {"int8_bytes": case.make([]).pte_bytes, "layers": [asdict(layer) for layer in case.layers]}
+
+    kept = _kept(cache, key, measured)
+    case.layers = [FourBitLayer(**{**layer, "nodes": tuple(layer["nodes"])}) for layer in kept["layers"]]
+    case.int8_bytes = kept["int8_bytes"]
 
 
-def _read(cache: Path) -> dict[str, Any]:
+def _costs(case: _Case, core: str, cache: Path, key: str) -> _Costs:
+    """Return what bits cost on `core`, from `cache` where its key fits: by the files with none and all in 4 bits."""
+
+    def measured() -> dict[str, Any]:
+        with tempfile.TemporaryDirectory() as folder:
+            eight, four = Path(folder) / "8.pte", Path(folder) / "4.pte"
+            eight.write_bytes(case.make([]).pte)
+            four.write_bytes(case.make(case.layers).pte)
+            each = iter(instructions_added(eight, four, core))
+            # Layers and operators are both in the order of the data.
+            added = {layer.layer: sum(next(each) for _ in layer.nodes) for layer in case.layers}
+            totals = {"int8": count_instructions(eight, core).total, "smallest": count_instructions(four, core).total}
+            return {**totals, "added": added}
+
+    kept = _kept(cache, f"{key} {core}", measured)
+    return _Costs(core, kept["int8"], kept["smallest"], kept["added"])
+
+
+def _instructions(case: _Case, choice: _Choice) -> Instructions | None:
+    costs = case.costs
+    if costs is None:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "chosen.pte"
+        path.write_bytes(choice.pte)
+        counted = count_instructions(path, costs.core).total
+    return Instructions(
+        core=costs.core,
+        int8=costs.int8,
+        smallest=costs.smallest,
+        predicted=costs.predicted(choice.layers),
+        chosen=counted,
+    )
+
+
+def _kept(path: Path, key: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return what `path` holds under `key`, or what `measure` returns, which is then written there."""
     try:
-        kept = json.loads(cache.read_text(encoding="utf-8"))
+        kept = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return {}
-    return kept if isinstance(kept, dict) else {}
+        kept = None
+    if isinstance(kept, dict) and kept.get("key") == key:
+        return kept
+    content = {"key": key, **measure()}
+    atomic.write_text(path, json.dumps(content, indent=1) + "\n")
+    return content
 
 
 def _front(case: _Case) -> list[list[FourBitLayer]]:
@@ -238,7 +323,13 @@ def _front(case: _Case) -> list[list[FourBitLayer]]:
 
 def _point(case: _Case, chosen: Sequence[FourBitLayer], accuracy: float | None = None) -> FrontPoint:
     noise = sum(layer.sensitivity for layer in chosen)
-    return FrontPoint(pte_bytes=case.predicted(chosen), noise=noise, four_bit_layers=len(chosen), top1=accuracy)
+    return FrontPoint(
+        pte_bytes=case.predicted(chosen),
+        noise=noise,
+        four_bit_layers=len(chosen),
+        top1=accuracy,
+        instructions=case.costs.predicted(chosen) if case.costs else None,
+    )
 
 
 def _for_size(case: _Case, target: int) -> _Choice:
@@ -292,11 +383,12 @@ def _program_noise(case: _Case, program: QuantizedProgram) -> float:
     return noise / power
 
 
-def _searched(layer: FourBitLayer, chosen: Sequence[FourBitLayer]) -> SearchedLayer:
+def _searched(case: _Case, layer: FourBitLayer, chosen: Sequence[FourBitLayer]) -> SearchedLayer:
     return SearchedLayer(
         layer=layer.layer,
         weights=layer.weights,
         bytes_saved=layer.bytes_saved,
         sensitivity=layer.sensitivity,
+        instructions_added=case.costs.added[layer.layer] if case.costs else None,
         bits=4 if layer in chosen else 8,
     )

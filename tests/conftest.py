@@ -31,7 +31,7 @@ from hadaptive_q.pipeline import quantized_program
 from hadaptive_q.quant.backends import torchao_pt2e as backend
 from hadaptive_q.quant.plan import make_plan
 from hadaptive_q.quant.program import QuantizedProgram
-from hadaptive_q.recipe import QuantizeConfig, load_recipe
+from hadaptive_q.recipe import Bits, QuantizeConfig, load_recipe
 from hadaptive_q.report.record import Report
 from hadaptive_q.rewrite.deploy import deploy_graph
 from hadaptive_q.rewrite.freeze_selection import freeze_selection
@@ -149,13 +149,16 @@ def make_graph(make_nano: Callable[..., HadaptiveNet]) -> Callable[..., GraphMod
 @pytest.fixture(scope="session")
 def make_program(
     make_graph: Callable[..., GraphModule], few_digits: ImageData, inputs: Tensor
-) -> Callable[[str], QuantizedProgram]:
-    """Return a function that gives `make_nano(selection)` in INT8, calibrated on `inputs`; not to be changed."""
+) -> Callable[..., QuantizedProgram]:
+    """Return a function that gives `make_nano(selection)`, calibrated on `inputs`; not to be changed.
+
+    Its pointwise weights have `bits`, 8 unless given.
+    """
 
     @functools.cache
-    def make(selection: str) -> QuantizedProgram:
+    def make(selection: str, bits: Bits = 8) -> QuantizedProgram:
         graph = make_graph(deploy_graph, selection)
-        prepared = backend.prepare(graph, make_plan(graph, QuantizeConfig()), "minmax")
+        prepared = backend.prepare(graph, make_plan(graph, QuantizeConfig(pointwise_weight_bits=bits)), "minmax")
         return backend.convert(backend.calibrate(prepared, [inputs]), few_digits.preprocess)
 
     return make

@@ -33,6 +33,7 @@ FENCES = {
     "executorch": {
         "lower/executorch.py",
         "lower/delegate.py",
+        "lower/read_delegate.py",
         "lower/idle_work.py",
         "lower/runtime.py",
         "lower/int8_tables.py",
@@ -40,7 +41,7 @@ FENCES = {
         "lower/pointwise_int4.py",
     },
     "brevitas": {"quant/backends/brevitas.py"},
-    "onnx": {"lower/onnx.py"},
+    "onnx": {"lower/onnx.py", "lower/tidy_onnx.py"},
     "onnxruntime": {"lower/onnx.py"},
     "matplotlib": {"report/plots.py", "data/glyphs.py"},
     "typer": {"cli.py"},

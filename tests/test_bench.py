@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -35,6 +34,7 @@ def test_latency_and_size_of_every_file(files: list[Path]) -> None:
     assert [result["file"] for result in results] == [str(file) for file in files]
     assert [result["bytes"] for result in results] == [file.stat().st_size for file in files]
     assert all(result["host_ms_median"] > 0 and result["arm"] == {} for result in results)
+    assert all(result["wanted_arm_features"] == [] for result in results)
 
 
 @pytest.mark.skipif(bool(missing()), reason=missing() or "emulator present")
@@ -47,51 +47,13 @@ def test_instructions_and_operators(files: list[Path]) -> None:
     assert sum(large["operators"].values()) == pytest.approx(large["instructions"], abs=5000)
     (again,) = bench_files(files[1:], ["cortex-a76"])
     assert again["arm"]["cortex-a76"]["instructions"] == large["instructions"]
+    assert small["missing_features"] == []
 
 
 def test_refused_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "cut.pte").write_bytes(b"PTE?")
     with pytest.raises(UserError, match=r"cut\.pte"):
         bench_files([tmp_path / "cut.pte"], [])
-
-
-def plain(path: Path, function: Callable[..., object], *example: object) -> Path:
-    """Write a file that nobody optimised, with whatever inputs and outputs."""
-    from executorch.exir import to_edge
-
-    class Net(nn.Module):
-        def forward(self, *inputs: object) -> object:
-            return function(*inputs)
-
-    path.write_bytes(to_edge(torch.export.export(Net(), example)).to_executorch().buffer)
-    return path
-
-
-IMAGE = torch.ones(1, 3, 4, 4)
-
-
-@pytest.mark.parametrize(
-    ("example", "message"),
-    [
-        ((IMAGE, IMAGE), r"got 2 inputs \(float32, float32\)"),
-        ((IMAGE, 3), r"got 2 inputs \(float32, no tensor\)"),
-        ((IMAGE.long(),), r"got an input \(int64\)"),
-        ((IMAGE.half(),), r"got an input \(float16\)"),
-        ((), "got no input"),
-    ],
-    ids=["two", "a number", "int64", "half", "none"],
-)
-def test_other_inputs_are_refused_in_a_line(tmp_path: Path, example: tuple[object, ...], message: str) -> None:
-    path = plain(tmp_path / "other.pte", lambda *inputs: inputs[0] * 2 if inputs else torch.ones(3) * 2, *example)
-    with pytest.raises(UserError, match=rf"other\.pte: {message}; expected a file with one input") as caught:
-        bench_files([path], [])
-    assert "\n" not in str(caught.value)
-
-
-def test_bytes_and_several_outputs(tmp_path: Path) -> None:
-    pixels = plain(tmp_path / "bytes.pte", lambda x: x.float().mean((-1, -2)), IMAGE.to(torch.uint8))
-    two = plain(tmp_path / "two.pte", lambda x: (x + 1, x * 2), IMAGE)
-    assert all(result["host_ms_median"] > 0 for result in bench_files([pixels, two], []))
 
 
 def test_missing_emulator_is_said_before_any_work(files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:

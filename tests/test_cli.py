@@ -352,12 +352,14 @@ def files(folder: Path) -> list[Path]:
 def test_search_from_a_run(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Files of one size whatever is in them: lowering takes most of the time and is looked at elsewhere."""
     monkeypatch.setattr(search, "lower", lambda _: SimpleNamespace(data=bytes(60_000)))
+    monkeypatch.setattr(search, "missing", lambda: "no emulator here")
     (tmp_path / "few.yaml").write_text("source: digits\ncount: 16\n")
     few = ["--samples", "8", "--set", f"calibration.manifest={json.dumps(str(tmp_path / 'few.yaml'))}"]
     arguments = ["search", str(run_folder), *few, "--out", str(tmp_path / "out")]
     done = run(*arguments, "--target-size", "60kB")
     assert done.returncode == 0, done.stderr
     assert "0 of 15 layers in 4 bits: 60,000 bytes" in done.stdout
+    assert "instructions: none counted, no emulator here" in done.stdout
     assert f"recipe: {tmp_path / 'out' / 'int8_ptq_mixed.yaml'}" in done.stdout
     assert load_recipe(str(tmp_path / "out" / "int8_ptq_mixed.yaml")).task == "ptq"
     done = run(*arguments, "--max-drop", "100", "--json")
@@ -377,6 +379,7 @@ def test_search_from_a_run(run_folder: Path, tmp_path: Path, monkeypatch: pytest
         (["--target-size", "small"], ["--target-size small", "1.4MB"]),
         (["--target-size", "0"], ["--target-size 0"]),
         (["--target-size", "1MB"], ["no such file"]),
+        (["--target-size", "1MB", "--core", "cortex-a7"], ["cortex-a7", "cortex-a76"]),
         (["--target-size", "1MB", "--recipe", "float"], ["a recipe for train"]),
         (["--target-size", "1MB", "--recipe", "int9"], ["int9"]),
     ],

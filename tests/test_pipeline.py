@@ -232,3 +232,10 @@ def test_a_run_without_onnx_says_nothing_of_it(nano_run: Any) -> None:
     assert not (nano_run.folder / "model.onnx").exists()
     for page in ("report.md", "report.html"):
         assert "onnx" not in (nano_run.folder / page).read_text()
+
+
+def test_names_of_layers_are_checked_before_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "train", lambda *_: pytest.fail("trained for a recipe that cannot be kept"))
+    recipe = load_recipe("int4_ptq", ["model=hadaptive_net_nano", "quantize.layers.head.clasifier=4"])
+    with pytest.raises(UserError, match=r"quantize\.layers, head\.clasifier.*head\.classifier"):
+        pipeline.quantize(recipe, tmp_path)

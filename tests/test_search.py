@@ -12,6 +12,8 @@ import torch
 from torch.export import ExportedProgram
 
 from hadaptive_q import search as searching
+from hadaptive_q.arm.build import missing
+from hadaptive_q.arm.count import count_instructions
 from hadaptive_q.data.calibration import Manifest, find_manifest, resolve
 from hadaptive_q.data.datasets import ImageData
 from hadaptive_q.errors import UserError
@@ -23,13 +25,15 @@ from hadaptive_q.models.hadaptive_net import HadaptiveNet
 from hadaptive_q.pipeline import quantized_program
 from hadaptive_q.quant.formats import WeightFormat
 from hadaptive_q.quant.interpreter import IntegerProgram
+from hadaptive_q.quant.sensitivity import FourBitLayer
 from hadaptive_q.recipe import Recipe, load_recipe
+from hadaptive_q.report.plots import pareto_png
 from hadaptive_q.report.search_listing import search_listing
 from hadaptive_q.report.search_record import SearchRecord
 from hadaptive_q.search import Goal, search
 from hadaptive_q.train.loop import predict
 
-SAMPLES = 96
+SAMPLES, CORE = 96, "cortex-a76"
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +85,7 @@ def found(recipe: Recipe, checkpoint: Path, folder: Path, ends: tuple[int, int])
         patch.setattr(searching, "measure_sensitivity", measure)
         patch.setattr(searching, "lower", kept)
         goal = Goal(target_bytes=ends[0] + (ends[1] - ends[0]) // 4)
-        return search(recipe, checkpoint, goal, folder / "out", SAMPLES)
+        return search(recipe, checkpoint, goal, folder / "out", SAMPLES, None if missing() else CORE)
 
 
 def test_a_size_out_of_reach_is_refused_with_what_is_in_reach(refused: UserError, ends: tuple[int, int]) -> None:
@@ -102,7 +106,7 @@ def test_the_written_recipe_gives_the_file_that_was_promised(
     program = quantized_program(written, model, digits, manifest, folder, model)
     chosen = [layer for layer in found.layers if layer.bits == 4]
     assert 0 < len(chosen) < len(found.layers)
-    assert list(program.plan.weights.values()).count(WeightFormat(4)) == len(chosen)
+    assert list(program.plan.weights.values()).count(WeightFormat(4, packed=True)) == len(chosen)
     size = (folder / "mixed.pte").stat().st_size
     assert size == found.pte_bytes
     assert found.target_bytes is not None
@@ -127,16 +131,64 @@ def test_what_is_measured_hangs_together(found: SearchRecord, folder: Path) -> N
     assert sizes == sorted(sizes)
     assert noises == sorted(noises, reverse=True)
     assert (sizes[0], noises[-1]) == (found.smallest_bytes, 0)
+    accuracies = [point.top1 for point in found.front if point.top1 is not None]
+    assert len(accuracies) == searching.MEASURED + 1
+    assert (accuracies[0], accuracies[-1]) == (found.front[0].top1, found.int8_top1)
     assert SearchRecord.model_validate_json((folder / "out" / "search.json").read_text()) == found
     assert (folder / "out" / "search.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(bool(missing()), reason=missing() or "emulator present")
+def test_instructions_are_those_of_the_files(found: SearchRecord, folder: Path) -> None:
+    counts = found.instructions
+    assert counts is not None
+    assert counts.chosen == count_instructions(folder / "mixed.pte", CORE).total
+    added = {layer.layer: layer.instructions_added for layer in found.layers}
+    assert all(count for count in added.values())
+    chosen = [added[layer.layer] or 0 for layer in found.layers if layer.bits == 4]
+    assert counts.predicted == counts.int8 + sum(chosen)
+    # What a delegate does before its first operator depends a little on what the operators are.
+    assert counts.predicted == pytest.approx(counts.chosen, rel=1e-3)
+    assert found.front[0].instructions == pytest.approx(counts.smallest, rel=1e-3)
+    assert found.front[-1].instructions == counts.int8
+
+
+def test_without_an_emulator_the_search_says_so(found: SearchRecord) -> None:
+    absent = found.model_copy(update={"instructions": None, "instructions_absent": "no emulator"})
+    assert search_listing(absent).endswith("instructions: none counted, no emulator")
+    assert pareto_png(absent) != pareto_png(found) or found.instructions is None
+
+
+def test_what_the_recipe_fixes_is_left_alone(
+    recipe: Recipe, checkpoint: Path, folder: Path, found: SearchRecord, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    def measure(_: object, layers: list[FourBitLayer], __: object) -> list[FourBitLayer]:
+        seen.extend(layer.layer for layer in layers)
+        return []
+
+    monkeypatch.setattr(searching, "measure_sensitivity", measure)
+    quantize = recipe.quantize.model_copy(update={"layers": {"head": 4, "blocks.1": 8}})
+    with pytest.raises(UserError, match=r"quantize\.layers: got bits for every layer"):
+        search(recipe.model_copy(update={"quantize": quantize}), checkpoint, Goal(1000), folder / "out", SAMPLES)
+    free = [layer.layer for layer in found.layers if not layer.layer.startswith(("head.", "blocks.1."))]
+    assert 0 < len(free) < len(found.layers)
+    assert set(free) <= set(seen)
+    assert not any(name.startswith(("head.", "blocks.1.")) for name in seen)
+    case = searching._Case(recipe.model_copy(update={"quantize": quantize}), *[None] * 5)  # type: ignore[arg-type]
+    case.layers = [FourBitLayer("stem.conv", (), 2, 1)]
+    assert case.mixed([]).quantize.layers == {"head": 4, "blocks.1": 8, "stem.conv": 8}
 
 
 def test_the_table(found: SearchRecord) -> None:
     lines = search_listing(found).splitlines()
     assert max(map(len, lines)) <= 120
     for layer, line in zip(found.layers, lines[1:], strict=False):
-        assert line.split() == [layer.layer, f"{layer.bytes_saved:,}", f"{layer.sensitivity:.3e}", str(layer.bits)]
-    assert f"{found.pte_bytes:,} bytes" in lines[-3]
+        added = "-" if layer.instructions_added is None else f"{layer.instructions_added:+,}"
+        figures = [f"{layer.bytes_saved:,}", f"{layer.sensitivity:.3e}", added, str(layer.bits)]
+        assert line.split() == [layer.layer, *figures]
+    assert f"{found.pte_bytes:,} bytes" in lines[-4]
 
 
 def test_the_smallest_file_that_loses_little_enough(
@@ -175,8 +227,9 @@ def test_other_calibration_is_measured_anew(
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"key": "another"}'])
 def test_a_broken_cache_is_none(content: str, tmp_path: Path) -> None:
     (tmp_path / "sensitivity.json").write_text(content)
-    assert searching._read(tmp_path / "sensitivity.json").get("layers") is None
-    assert searching._read(tmp_path / "nowhere.json") == {}
+    for path in (tmp_path / "sensitivity.json", tmp_path / "nowhere.json"):
+        assert searching._kept(path, "key", lambda: {"measured": 1}) == {"key": "key", "measured": 1}
+        assert searching._kept(path, "key", lambda: pytest.fail("it is there")) == {"key": "key", "measured": 1}
 
 
 def test_no_drop_that_cannot_be_kept(

@@ -6,6 +6,7 @@ XNNPACK chooses its kernels by the features that the emulator grants (dot produc
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from hadaptive_q.errors import UserError, nearest
@@ -37,6 +38,10 @@ class Core:
             "CPU revision": "0",
         }
         return "".join(f"{key}\t: {value}\n" for key, value in lines.items()) + "\n"
+
+    def lacks(self, features: Iterable[str]) -> list[str]:
+        """Return those of `features` that it does not have."""
+        return [feature for feature in features if feature not in self.features.split()]
 
 
 CORES = {

@@ -18,14 +18,15 @@ from hadaptive_q.data.datasets import Split
 from hadaptive_q.errors import UserError
 from hadaptive_q.lower.file_input import FileInput
 from hadaptive_q.lower.quiet import quiet
+from hadaptive_q.lower.tidy_onnx import MOVING, drop_remarks, move_codes, store_four_bits
 from hadaptive_q.models.config import Preprocess
 from hadaptive_q.quant.arithmetic import Grid
+from hadaptive_q.quant.formats import WeightFormat
 from hadaptive_q.quant.program import QuantizedProgram
 from hadaptive_q.rewrite.graph import calls, constant
 
-# Not 21: when onnxruntime (1.31) optimises, it adds QuantizeLinear with the attribute `output_dtype` of that opset, and
-# then, on x86, turns int8 into uint8 everywhere but in there; such a file does not load. INT4 weights will need 21.
-OPSET = 20
+# The first with INT4.
+OPSET = 21
 _TYPES = {"tensor(float)": "float32", "tensor(uint8)": "uint8"}
 _FATAL = 4  # of onnxruntime's levels of logging, the highest
 _REFUSALS = (
@@ -42,7 +43,8 @@ _REFUSALS = (
 def to_onnx(program: QuantizedProgram) -> bytes:
     """Return `program` as an ONNX file for `images` as it takes them, any number of them; output `logits`.
 
-    The same program gives the same bytes. Raises RuntimeError where the file's scales are not the program's.
+    4-bit weights are stored as INT4. The same program gives the same bytes. Raises RuntimeError where the file's scales
+    are not the program's.
     """
     with quiet("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "root"):
         exported = torch.onnx.export(
@@ -56,23 +58,15 @@ def to_onnx(program: QuantizedProgram) -> bytes:
         )
     assert exported is not None
     model = exported.model_proto
-    _drop_remarks(model)
+    drop_remarks(model)
+    move_codes(model)
+    store_four_bits(model, _four_bit_codes(program.shipped_graph()))
     for value in (*model.graph.input, *model.graph.output):
         value.type.tensor_type.shape.dim[0].dim_param = "batch"
     onnx.checker.check_model(model, full_check=True)
     check_scales(program, model)
     data: bytes = model.SerializeToString(deterministic=True)
     return data
-
-
-def _drop_remarks(model: Any) -> None:
-    """Remove what the exporter notes down about its work: four fifths of a small file, source paths among it."""
-    graph = model.graph
-    # Shapes between the operators follow from the operators.
-    del graph.value_info[:]
-    for part in (model, graph, *graph.node, *graph.initializer, *graph.input, *graph.output):
-        del part.metadata_props[:]
-        part.ClearField("doc_string")
 
 
 @dataclass(frozen=True)
@@ -108,6 +102,11 @@ def program_scales(graph: GraphModule) -> Scales:
     return Scales(activations, images, tuple(sorted(weights)))
 
 
+def _four_bit_codes(graph: GraphModule) -> set[bytes]:
+    weights = calls(graph, torch.ops.quantized_decomposed.dequantize_per_channel.default)
+    return {_program_weight(graph, node)[0] for node in weights if node.args[4:6] == WeightFormat(4).code_range}
+
+
 def _grid(node: Node) -> Grid:
     scale, zero_point = node.args[1:3]
     assert isinstance(scale, float)
@@ -133,6 +132,7 @@ def onnx_scales(model: Any) -> Scales:
         _, scale, zero_point = node.input
         return Grid(float(values[scale]), int(values[zero_point]))
 
+    moved = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type in MOVING}
     quantizers = [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
     dequantizers = [node for node in model.graph.node if node.op_type == "DequantizeLinear"]
     (image,) = model.graph.input
@@ -140,10 +140,13 @@ def onnx_scales(model: Any) -> Scales:
     weights = []
     for node in dequantizers:
         if node.input[0] in values:
-            first, second, third = (values[name].tobytes() for name in node.input)
-            weights.append((first, second, third))
+            codes, scales, zero_points = (values[name] for name in node.input)
+            weights.append((codes.astype("int8").tobytes(), scales.tobytes(), zero_points.astype("int8").tobytes()))
         else:
-            readers[node.input[0]].add(grid(node))
+            source = node.input[0]
+            while source not in readers:
+                source = moved[source]
+            readers[source].add(grid(node))
     activations = tuple((grid(node), frozenset(readers[node.output[0]])) for node in quantizers)
     return Scales(activations, frozenset(readers[image.name]), tuple(sorted(weights)))
 

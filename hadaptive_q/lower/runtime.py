@@ -21,13 +21,14 @@ from hadaptive_q.lower.file_input import FileInput
 from hadaptive_q.models.config import Preprocess
 
 # By the runtime's numbers of types, which are torch's.
-TYPES = {0: "uint8", 1: "int8", 3: "int32", 4: "int64", 5: "float16", 6: "float32", 7: "float64", 11: "bool"}
+_TYPES = {0: "uint8", 1: "int8", 3: "int32", 4: "int64", 5: "float16", 6: "float32", 7: "float64", 11: "bool"}
+_TAKEN = ("uint8", "float32")
 
 
 class PteFile:
-    """A loaded `.pte` that takes one image, as `input` says, and returns logits `(1, classes)`.
+    """A loaded `.pte` that takes one tensor of floats or bytes, as `input` says: an image -> logits `(1, classes)`.
 
-    Raises UserError where the runtime refuses the file.
+    Raises UserError where the runtime refuses the file, and for one with other inputs.
     """
 
     def __init__(self, path: Path) -> None:
@@ -48,12 +49,33 @@ class PteFile:
         if method is None:
             raise UserError(f"file {path}", "no method 'forward'", "a .pte written for inference")
         self._program, self._method = program, method
+        found = self._inputs()
+        if found not in [[name] for name in _TAKEN]:
+            count = {0: "no input", 1: "an input"}.get(len(found), f"{len(found)} inputs")
+            raise UserError(
+                f"file {path}",
+                f"{count} ({', '.join(found)})" if found else count,
+                f"a file with one input, a tensor of {' or '.join(_TAKEN)}",
+            )
+
+    def _inputs(self) -> list[str]:
+        """Return the types of all inputs."""
+        meta, found = self._method.metadata, []
+        for index in range(meta.num_inputs()):
+            try:
+                with native_log():
+                    kind = int(meta.input_tensor_meta(index).dtype())
+            except IndexError:  # how the runtime says that it is a number or a text
+                found.append("no tensor")
+            else:
+                found.append(_TYPES.get(kind, f"type {kind}"))
+        return found
 
     @property
     def input(self) -> FileInput:
         """The type and the sizes of the input the file was written for."""
         meta = self._method.metadata.input_tensor_meta(0)
-        return FileInput(TYPES.get(int(meta.dtype()), f"type {int(meta.dtype())}"), tuple(meta.sizes()))
+        return FileInput(_TYPES[int(meta.dtype())], tuple(meta.sizes()))
 
     def example(self) -> Tensor:
         """Return an input of the right shape and type, pseudo-random and always the same."""
@@ -61,16 +83,22 @@ class PteFile:
         return (values * 255).to(torch.uint8) if self.input.dtype == "uint8" else values * 2 - 1
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        """Run one input of the file's type and shape; the result is a copy that later calls leave alone."""
+        """Run an input of the file's type and shape; its first output is a copy that later calls leave alone."""
         try:
-            (out,) = self._method.execute([inputs.contiguous(memory_format=torch.contiguous_format)])
+            out = self._method.execute([inputs.contiguous(memory_format=torch.contiguous_format)])[0]
         except RuntimeError as error:
             raise UserError(f"file {self.path}", f"'{error}'", f"an input {self.input}") from error
         result: Tensor = out.clone()
         return result
 
     def predict(self, split: Split, preprocess: Preprocess) -> Tensor:
-        """Return logits `(N, classes)` over a whole split, one image at a time, as a phone would."""
+        """Return logits `(N, classes)` over a whole split, one image at a time, as a phone would.
+
+        Raises UserError for a file with other outputs than logits.
+        """
+        outputs = self._method.metadata.num_outputs()
+        if outputs != 1:
+            raise UserError(f"file {self.path}", f"{outputs} outputs", "a file that answers with logits alone")
         return torch.cat([self(self.input.of(split[i][0][None], preprocess)) for i in range(len(split))])
 
 

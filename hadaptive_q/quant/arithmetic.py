@@ -166,6 +166,11 @@ def hardswish(x: Tensor) -> Tensor:
     return (x / torch.full_like(x, 6.0)) * (x + 3.0).clamp(0.0, 6.0)
 
 
+def clamp(codes: Tensor, low: int, high: int) -> Tensor:
+    """Return codes of fewer bits than 8: ``min(max(q, low), high)``."""
+    return codes.clamp(low, high)
+
+
 def _add_bias(acc: Tensor, bias: Tensor | None) -> Tensor:
     acc = acc.to(torch.int32)
     return acc if bias is None else acc + bias.reshape(-1, *(1,) * (acc.dim() - 2))

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from hadaptive_q.quant.fake_quant import PerChannelWeightFakeQuantize
 from hadaptive_q.rewrite.graph import constant
 
 
@@ -21,7 +20,7 @@ def oscillation_damping(graph: GraphModule, strength: float) -> Callable[[], Ten
     pairs = []
     for node in graph.graph.nodes:
         quantizer = modules.get(str(node.target)) if node.op == "call_module" else None
-        weight = constant(graph, node.args[0]) if isinstance(quantizer, PerChannelWeightFakeQuantize) else None
+        weight = constant(graph, node.args[0]) if quantizer is not None else None
         if quantizer is not None and weight is not None:
             pairs.append((weight, quantizer))
 

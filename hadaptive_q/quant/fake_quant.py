@@ -151,7 +151,8 @@ class PerChannelWeightFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
     """Per-output-channel symmetric fake-quantizer of a weight.
 
     Formula: ``s_c = max |w_c| / high`` of the weight as it is now, ``y = clamp(round(w / s_c), -high, high) * s_c``.
-    With 4 bits no `s_c` is below 2^-12 of the largest. Shapes: `w` `(C, ...)`, `s` `(C,)`.
+    With 4 bits or fewer no `s_c` is below 2^-12 of the largest. `hold` keeps scales found elsewhere instead.
+    Shapes: `w` `(C, ...)`, `s` `(C,)`.
     (torchao derives its constructor arguments from "PerChannel" in the name.)
     """
 
@@ -169,7 +170,8 @@ class PerChannelWeightFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
         self.register_buffer("zero_point", torch.zeros(1, dtype=torch.int32))
 
     def forward(self, w: Tensor) -> Tensor:
-        self._measure(w)
+        if self.observer_enabled[0]:
+            self._set_scale(w.detach().abs().amax(dim=tuple(range(1, w.dim()))) / self.quant_max)
         if not self.fake_quant_enabled[0]:
             return w
         return torch.fake_quantize_per_channel_affine(
@@ -179,10 +181,14 @@ class PerChannelWeightFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
     def calculate_qparams(self, **_: Any) -> tuple[Tensor, Tensor]:
         return self.scale, self.zero_point
 
+    def hold(self, scale: Tensor) -> None:
+        """Keep `scale` `(C,)` from now on, whatever becomes of the weight."""
+        self._set_scale(scale)
+        self.disable_observer()
+
     @torch.no_grad()
-    def _measure(self, w: Tensor) -> None:
-        scale = w.abs().amax(dim=tuple(range(1, w.dim()))) / self.quant_max
-        if self.quant_max == WeightFormat(4).code_range[1]:
+    def _set_scale(self, scale: Tensor) -> None:
+        if self.quant_max <= WeightFormat(4).code_range[1]:
             # The bias of a channel of all but no weights would not fit the accumulator; what those weights add never
             # shows beside the largest channel's, in codes of one scale.
             scale = scale.clamp_min(float(scale.max()) * SMALLEST_WEIGHT_SHARE)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -19,14 +18,23 @@ class ActivationFormat:
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """Symmetric, per output channel: ``w ~ code * scale[channel]`` with codes in +-(2^(bits-1) - 1)."""
+    """Symmetric, per output channel: ``w ~ code * scale[channel]`` with codes in +-(2^(bits-1) - 1).
 
-    bits: Literal[4, 8] = 8
+    `packed`: two codes share a byte of the file; all others take a byte each, however few bits they have.
+    """
+
+    bits: int = 8
+    packed: bool = False
 
     @property
     def code_range(self) -> tuple[int, int]:
         top = (1 << (self.bits - 1)) - 1
         return -top, top
+
+    @property
+    def stored_range(self) -> tuple[int, int]:
+        """What the place that the file has for a code could hold."""
+        return WeightFormat(4 if self.packed else 8).code_range
 
 
 # The convolutions that may have 4-bit weights: over NHWC, a Linear of every pixel.

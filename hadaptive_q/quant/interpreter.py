@@ -20,6 +20,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from hadaptive_q.quant import arithmetic, float_kernels
 from hadaptive_q.quant.arithmetic import Grid, Taps
 from hadaptive_q.quant.program import QuantizedProgram
+from hadaptive_q.rewrite.clamp_codes import narrow_bounds
 from hadaptive_q.rewrite.graph import ACTIVATIONS, add_buffer, aten, calls, constant, conv_settings, finish
 
 # Operators that move codes and compute nothing.
@@ -32,7 +33,14 @@ _COPIES = (
     aten.view.default,
     aten.view_copy.default,
 )
-_ON_CODES = (arithmetic.conv2d, arithmetic.linear, arithmetic.add, arithmetic.lookup, arithmetic.mean_hw)
+_ON_CODES = (
+    arithmetic.conv2d,
+    arithmetic.linear,
+    arithmetic.add,
+    arithmetic.lookup,
+    arithmetic.mean_hw,
+    arithmetic.clamp,
+)
 
 
 @dataclass(frozen=True)
@@ -121,18 +129,26 @@ def _quantize() -> Any:
 def _to_integers(graph: GraphModule) -> None:
     """Replace, in place, every pattern by one call that makes codes from codes; its node keeps the quantizer's name."""
     for quantize in calls(graph, _quantize()):
-        source = quantize.args[0]
+        source, bounds = quantize.args[0], narrow_bounds(quantize)
         assert isinstance(source, Node)
         # What has other readers than its quantizer exists in float, too: the runtime fuses neither.
         alone = _behind(source) is not None or len(source.users) == 1
         if not (alone and _fusion(source)(graph, quantize, source)):
             _set(quantize, arithmetic.quantize, source, _grid(quantize))
+        if bounds:
+            _clamp(graph, quantize, bounds)
     for dequantize in calls(graph, torch.ops.quantized_decomposed.dequantize_per_tensor.default):
         _set(dequantize, arithmetic.dequantize, dequantize.args[0], _grid(dequantize))
     graph.graph.eliminate_dead_code()
     for node in calls(graph, aten.mean.dim, aten.conv1d.default, *ACTIVATIONS):
         _in_runtime_order(graph, node)
     finish(graph)
+
+
+def _clamp(graph: GraphModule, codes: Node, bounds: tuple[int, int]) -> None:
+    with graph.graph.inserting_before(codes):
+        stored = graph.graph.call_function(codes.target, codes.args)  # type: ignore[arg-type]
+    _set(codes, arithmetic.clamp, stored, *bounds)
 
 
 def _set(node: Node, target: Callable[..., Tensor], *args: Any) -> None:

@@ -3,7 +3,7 @@
 A folded convolution gets a BatchNorm of its own result, which starts as the identity of the calibration set:
 ``gamma = sqrt(var + eps)``, ``beta = mean``. It normalises by the batch while training and is folded again after it:
 ``W' = g W``, ``b' = g (b - mean) + beta`` with ``g = gamma / sqrt(var + eps)``. The codes of a weight with one scale
-per output channel do not change with `g`, so what was trained is what is folded.
+per output channel, which takes `|g|` in, do not change with `g`: what was trained is what is folded.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from hadaptive_q.quant.fake_quant import PerChannelWeightFakeQuantize
 from hadaptive_q.rewrite.graph import aten, calls, constant
 
 PREFIX = "live_batch_norm"
@@ -94,6 +95,9 @@ def refold_batch_norm(graph: GraphModule) -> int:
         assert bias is not None
         scale, shift = module.affine_now()
         weight.mul_(scale.reshape(-1, 1, 1, 1))
+        source = modules.get(str(conv.args[1].target))
+        if isinstance(source, PerChannelWeightFakeQuantize):
+            source.scale.mul_(scale.abs())
         bias.mul_(scale).add_(shift)
         node.replace_all_uses_with(conv)
         graph.graph.erase_node(node)

@@ -25,6 +25,8 @@ WEIGHTED = (aten.conv2d.default, aten.linear.default)
 VIEWS = (aten.flatten.using_ints, aten.dropout.default)
 # Few weights, which the whole network's precision hangs on.
 STEM = "stem."
+# What takes no part in a choice of fewer bits for activations.
+FULL = ActivationFormat()
 # Hardswish is 0 from here down, exactly.
 HARDSWISH_FLOOR = -3.0
 
@@ -47,17 +49,18 @@ class Plan:
 def make_plan(graph: GraphModule, config: QuantizeConfig) -> Plan:
     """Resolve `config` on the deploy graph `graph`.
 
-    Raises UserError where `config.layers` names no layer, or none that can have the bits it is given.
+    Raises UserError where `config.layers` names no layer.
     """
     activation = ActivationFormat(config.activation_bits)
     plan = Plan()
     scored = {product.mixed for product in find_products(graph) if product.choice}
-    exceptions = _exceptions(graph, config.layers)
+    fixed = exceptions(graph, config.layers)
     for node in graph.graph.nodes:
         if _is_weighted(graph, node):
-            small = node.name not in scored and not module_path(node).startswith(STEM) and takes_four_bits(graph, node)
-            bits = config.pointwise_weight_bits if small else config.weight_bits
-            plan.weights[node.name] = WeightFormat(exceptions.get(node.name, bits))
+            able = takes_four_bits(graph, node)
+            small = able and node.name not in scored and not module_path(node).startswith(STEM)
+            bits = fixed.get(node.name, config.pointwise_weight_bits if small else config.weight_bits)
+            plan.weights[node.name] = WeightFormat(bits, packed=able and bits <= 4)
         if not _computes_on_codes(graph, node):
             continue
         for tensor in (*_activation_inputs(node), node):
@@ -78,10 +81,25 @@ def make_plan(graph: GraphModule, config: QuantizeConfig) -> Plan:
     for node in graph.graph.nodes:
         if node.name in owners and node.users and all(user.target in ACTIVATIONS for user in node.users):
             plan.floors[node.name] = HARDSWISH_FLOOR
+    (output,) = (node for node in graph.graph.nodes if node.op == "output")
+    _keep_eight_bits(plan, {node.name for node in (*views, image, *output.all_input_nodes)} | scored)
     if config.input != "float32":
         forms = [node.name for node in rearranged(image) if node.name in plan.activations]
         plan.ranges.update({name: PIXEL_RANGE for name in forms if name not in plan.shared})
     return plan
+
+
+def _keep_eight_bits(plan: Plan, names: set[str]) -> None:
+    """Give `names` and what shares a scale with them the format of 8 bits."""
+    owners = {_owner(plan, name) for name in names}
+    plan.activations.update({name: FULL for name in plan.activations if _owner(plan, name) in owners})
+
+
+def _owner(plan: Plan, name: str) -> str:
+    """Return the tensor whose scale `name` has in the end."""
+    while name in plan.shared:
+        name = plan.shared[name]
+    return name
 
 
 def _is_weighted(graph: GraphModule, node: Node) -> bool:
@@ -102,18 +120,17 @@ def takes_four_bits(graph: GraphModule, node: Node) -> bool:
     return node.target == aten.linear.default or (rows > 1 and is_pointwise(graph, node))
 
 
-def _exceptions(graph: GraphModule, layers: Mapping[str, Bits]) -> dict[str, Bits]:
+def exceptions(graph: GraphModule, layers: Mapping[str, Bits]) -> dict[str, Bits]:
     """Return the bits that `layers` gives to single nodes; of two names around a layer, the inner one decides."""
     found: dict[str, Bits] = {}
+    weighted = [node for node in graph.graph.nodes if _is_weighted(graph, node)]
     for name, bits in sorted(layers.items(), key=lambda item: item[0].count(".")):
-        able = [n for n in graph.graph.nodes if _is_weighted(graph, n) and (bits == 8 or takes_four_bits(graph, n))]
-        inside = [node.name for node in able if f"{module_path(node)}.".startswith(f"{name}.")]
+        inside = [node.name for node in weighted if f"{module_path(node)}.".startswith(f"{name}.")]
         if not inside:
-            parts = [module_path(node).split(".") for node in able]
+            parts = [module_path(node).split(".") for node in weighted]
             known = {".".join(path[:depth]) for path in parts for depth in range(1, len(path) + 1)}
-            got = f"no layer that can have {bits}-bit weights"
             wanted = "a layer of the network, such as head.classifier, or a module around some"
-            raise UserError(f"quantize.layers, {name}", got, wanted, nearest(name, known))
+            raise UserError(f"quantize.layers, {name}", "the name of no layer", wanted, nearest(name, known))
         found.update(dict.fromkeys(inside, bits))
     return found
 

@@ -16,6 +16,7 @@ from torch.fx import GraphModule
 from hadaptive_q.models.config import InputName, Preprocess
 from hadaptive_q.quant.byte_input import as_bytes, take_bytes
 from hadaptive_q.quant.plan import Plan
+from hadaptive_q.rewrite.clamp_codes import clamp_codes
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,8 @@ class QuantizedProgram:
         return export_graph(self.shipped_graph(), self.preprocess.image_size, batch, self.input)
 
     def shipped_graph(self) -> GraphModule:
-        """Return the graph that a file is made of: `graph`, or a copy that takes bytes."""
-        return self.graph if self.input == "float32" else take_bytes(self.graph, self.input)
+        """Return the graph that a file is made of: `graph`, or a copy that takes bytes or clamps codes."""
+        return clamp_codes(self.graph if self.input == "float32" else take_bytes(self.graph, self.input))
 
 
 def export_graph(

@@ -40,6 +40,11 @@ class Site:
         return (codes < self.quantizer.quant_min) | (codes > self.quantizer.quant_max)
 
 
+def bits_of(quantizer: FakeQuantizer) -> int:
+    """Return the bits of a code of `quantizer`."""
+    return int(quantizer.quant_max).bit_length() + 1
+
+
 def find_sites(graph: GraphModule) -> list[Site]:
     """Return the fake-quantizers of `graph` in the order of the data, each once, also where tensors share it."""
     # Duplicates too: a shared quantizer has several names.

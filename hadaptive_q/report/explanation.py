@@ -50,7 +50,7 @@ class RoundedTensor(Part):
     name: str
     kind: Literal["activation", "weight"]
     tensors: list[str]
-    format: Literal["int8"]
+    format: str
     granularity: Literal["per tensor", "per channel"]
     low: float
     high: float

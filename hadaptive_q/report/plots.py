@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import math
 import re
+import textwrap
 
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from hadaptive_q.report.explanation import Explanation
@@ -126,31 +128,61 @@ def _blame(explanation: Explanation) -> str:
 
 
 def pareto_png(record: SearchRecord) -> bytes:
-    """Return a PNG of what every file size costs: predicted noise, and what was measured of the chosen layers."""
-    figure = _figure(4.0)
-    axis = figure.subplots()
+    """Return a PNG of what every file size costs: noise, accuracy and instructions, predicted and as measured."""
+    figure = _figure(8.0)
+    axes = figure.subplots(3, 1, sharex=True)
+    for draw, axis in zip((_noise, _accuracy, _instructions), axes, strict=True):
+        draw(axis, record)
+        axis.grid(color=GRID)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8, frameon=False)
+    axes[0].set_title(f"{record.model} on {record.data}: what a size costs", fontsize=10, loc="left")
+    axes[-1].set_xlabel("file, MB")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _noise(axis: Axes, record: SearchRecord) -> None:
     # Nothing in 4 bits adds no noise, which a logarithm cannot show.
     front = [point for point in record.front if point.noise > 0]
-    axis.plot(
-        [point.pte_bytes / 1e6 for point in front],
-        [point.noise for point in front],
-        color=FLOAT_COLOR,
-        marker=".",
-        label="least sum of single noises",
-    )
+    sizes, noises = [point.pte_bytes / 1e6 for point in front], [point.noise for point in front]
+    axis.plot(sizes, noises, color=FLOAT_COLOR, marker=".", label="least sum of single noises")
     measured = [("4-bit weights of the choice, together", record.joint_noise, INT8_COLOR, "o")]
     measured.append(("the choice, calibrated anew", record.program_noise, WARM, "x"))
     for label, noise, color, marker in measured:
         if noise > 0:
             axis.plot([record.pte_bytes / 1e6], [noise], color=color, marker=marker, linestyle="", label=label)
     axis.set_yscale("log")
-    axis.set_xlabel("file, MB")
-    axis.set_ylabel("noise on the int8 logits over their power")
-    axis.set_title(f"{record.model} on {record.data}: size against noise", fontsize=10, loc="left")
-    axis.grid(color=GRID)
-    axis.set_axisbelow(True)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(fontsize=8, frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
-    return buffer.getvalue()
+    axis.set_ylabel("noise on the int8 logits\nover their power")
+
+
+def _accuracy(axis: Axes, record: SearchRecord) -> None:
+    tried = [(point.pte_bytes / 1e6, point.top1) for point in record.front if point.top1 is not None]
+    axis.plot(*zip(*tried, strict=True), color=FLOAT_COLOR, marker=".", label="with the ranges of 8-bit weights")
+    axis.plot([record.pte_bytes / 1e6], [record.top1], color=WARM, marker="x", linestyle="", label="the choice")
+    error = math.sqrt(record.float_top1 * (100 - record.float_top1) / record.samples)
+    axis.axhspan(record.float_top1 - error, record.float_top1 + error, color=GRID, alpha=0.6, linewidth=0)
+    axis.axhline(record.float_top1, color=INT8_COLOR, linewidth=0.8, label="float, and its standard error")
+    axis.set_ylabel(f"top-1, %, of {record.samples} images")
+
+
+def _instructions(axis: Axes, record: SearchRecord) -> None:
+    counts = record.instructions
+    if counts is None:
+        said = textwrap.fill(f"none counted: {record.instructions_absent}", 90)
+        axis.text(0.5, 0.5, said, transform=axis.transAxes, ha="center", fontsize=9)
+        axis.set_ylabel("instructions")
+        axis.set_yticks([])
+        return
+    points = [(point.pte_bytes / 1e6, point.instructions / 1e6) for point in record.front if point.instructions]
+    axis.plot(*zip(*points, strict=True), color=FLOAT_COLOR, marker=".", label="sum of what single layers add")
+    for label, size, count, color, marker in (
+        ("none in 4 bits, counted", record.int8_bytes, counts.int8, INT8_COLOR, "o"),
+        ("all in 4 bits, counted", record.smallest_bytes, counts.smallest, INT8_COLOR, "s"),
+        ("the choice, counted", record.pte_bytes, counts.chosen, WARM, "x"),
+    ):
+        axis.plot([size / 1e6], [count / 1e6], color=color, marker=marker, linestyle="", label=label)
+    axis.set_ylabel(f"million instructions\non {counts.core}")

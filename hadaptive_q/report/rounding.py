@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 
 from hadaptive_q.lower.parity import sqnr_db
 from hadaptive_q.quant.plan import Plan
-from hadaptive_q.quant.sites import Site
+from hadaptive_q.quant.sites import Site, bits_of
 from hadaptive_q.report.explanation import Blame, FloatIsland, RoundedTensor
 from hadaptive_q.report.record import LayerRecord
 from hadaptive_q.rewrite.graph import aten, constant, module_path
@@ -66,7 +66,7 @@ def _activation(site: Site, clipped: float, blame: Blame, records: dict[str, Lay
         name=layer.name,
         kind=site.kind,
         tensors=list(site.tensors),
-        format="int8",
+        format=f"int{bits_of(site.quantizer)}",
         granularity="per tensor",
         low=layer.low,
         high=layer.high,
@@ -86,7 +86,7 @@ def _weight(site: Site, clipped: float, blame: Blame, weight: Tensor) -> Rounded
         name=site.tensors[0],
         kind=site.kind,
         tensors=list(site.tensors),
-        format="int8",
+        format=f"int{bits_of(site.quantizer)}",
         granularity="per channel",
         low=float(weight.min()),
         high=float(weight.max()),

@@ -6,22 +6,35 @@ from hadaptive_q.report.record import Part
 
 
 class SearchedLayer(Part):
-    """A layer that can have 4 bits: what it spares in the file, what noise it adds alone, what it was given."""
+    """A layer that can have 4 bits: what it spares in the file, noise and instructions it adds, what it was given."""
 
     layer: str
     weights: int
     bytes_saved: int
     sensitivity: float
+    instructions_added: int | None = None
     bits: int
 
 
 class FrontPoint(Part):
-    """The least sum of single noises at one size, both predicted; `top1` in percent where it was measured."""
+    """The least sum of single noises at one size; both and `instructions` predicted, `top1` in percent measured."""
 
     pte_bytes: int
     noise: float
     four_bit_layers: int
     top1: float | None = None
+    instructions: int | None = None
+
+
+class Instructions(Part):
+    """Instructions of one inference on `core`: with 8 bits everywhere, with all layers in 4 (`smallest`), and of the
+    chosen file, as its layers' single costs say (`predicted`) and counted (`chosen`)."""
+
+    core: str
+    int8: int
+    smallest: int
+    predicted: int
+    chosen: int
 
 
 class SearchRecord(Part):
@@ -31,6 +44,7 @@ class SearchRecord(Part):
     chosen layers' sensitivities, `joint_noise` these layers in 4 bits together and nothing else changed,
     `program_noise` the logits of the recipe that was written, calibrated anew. `pte_bytes` is the size of that recipe's
     file, lowered; `predicted_bytes` what the layers' savings said. Top-1 in percent on `samples` validation images.
+    Where nothing could be counted, `instructions_absent` says why.
     """
 
     model: str
@@ -51,5 +65,7 @@ class SearchRecord(Part):
     float_top1: float
     int8_top1: float
     top1: float
+    instructions: Instructions | None = None
+    instructions_absent: str = ""
     layers: list[SearchedLayer]
     front: list[FrontPoint]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from hadaptive_q.arm.cores import CORES
 from hadaptive_q.arm.count import count_instructions, run_on
 from hadaptive_q.arm.operators import count_operators
+from hadaptive_q.cli import bench
 from hadaptive_q.lower.cpu_features import wanted_arm_features
 from hadaptive_q.lower.executorch import lower
 from hadaptive_q.models.config import Preprocess
@@ -55,7 +57,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[Path, Qua
 @pytest.mark.parametrize("core", CORES)
 def test_outputs_are_exact_on_every_core(core: str, files: dict[int, tuple[Path, QuantizedProgram]]) -> None:
     path, program = files[4]
-    assert list(program.plan.weights.values()).count(WeightFormat(4)) == 2
+    assert list(program.plan.weights.values()).count(WeightFormat(4, packed=True)) == 2
     inputs = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(1)) * 2
     assert np.array_equal(run_on(path, core, inputs), IntegerProgram(program)(inputs).numpy())
     names = [operator.name for operator in count_operators(path, core)]
@@ -65,8 +67,23 @@ def test_outputs_are_exact_on_every_core(core: str, files: dict[int, tuple[Path,
 @pytest.mark.usefixtures("emulator")
 @pytest.mark.parametrize("core", CORES)
 def test_a_core_without_what_is_wanted_is_slow(core: str, files: dict[int, tuple[Path, QuantizedProgram]]) -> None:
-    path, program = files[4]
+    path, _ = files[4]
     small, whole = count_instructions(path, core), count_instructions(files[8][0], core)
-    has_all = set(wanted_arm_features(program.plan)) <= set(CORES[core].features.split())
+    has_all = not CORES[core].lacks(wanted_arm_features(path.read_bytes()))
     assert (small.by_class["dot"] > 0) == has_all
     assert (small.total < 1.3 * whole.total) == has_all
+
+
+@pytest.mark.usefixtures("emulator")
+def test_bench_says_what_a_core_lacks(
+    files: dict[int, tuple[Path, QuantizedProgram]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    bench([files[4][0]], ["cortex-a53", "cortex-a76"], as_json=True)
+    (result,) = json.loads(capsys.readouterr().out)
+    assert result["wanted_arm_features"] == ["asimddp"]
+    assert {core: cost["missing_features"] for core, cost in result["arm"].items()} == {
+        "cortex-a53": ["asimddp"],
+        "cortex-a76": [],
+    }
+    bench([files[4][0], files[8][0]], ["cortex-a53"])
+    assert capsys.readouterr().out.count("wants asimddp, which cortex-a53 lacks") == 1

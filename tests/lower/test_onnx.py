@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper
@@ -39,14 +40,16 @@ class Written:
         return onnx.load_from_string(self.data)
 
 
-@pytest.fixture(scope="module", params=["channel", "static"], ids=["dynamic", "static"])
+@pytest.fixture(
+    scope="module", params=[("channel", 8), ("static", 8), ("channel", 4)], ids=["dynamic", "static", "int4"]
+)
 def written(
     request: pytest.FixtureRequest,
-    make_program: Callable[[str], QuantizedProgram],
+    make_program: Callable[..., QuantizedProgram],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Written:
-    """A calibrated nano network, per-sample selection or frozen, as an ONNX file."""
-    program = make_program(request.param)
+    """A calibrated nano network, per-sample selection or frozen, weights of 8 or 4 bits, as an ONNX file."""
+    program = make_program(*request.param)
     data = to_onnx(program)
     path = tmp_path_factory.mktemp("onnx") / "model.onnx"
     path.write_bytes(data)
@@ -78,13 +81,35 @@ def test_batches_of_any_size(written: Written, inputs: Tensor) -> None:
 def test_only_standard_operators(written: Written) -> None:
     model = written.model
     onnx.checker.check_model(model, full_check=True)
-    assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", 20)]
+    assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", 21)]
     assert not model.functions
     kinds = Counter(node.op_type for node in model.graph.node)
     weights = len(program_scales(written.program.graph).weights)
-    assert kinds["DequantizeLinear"] == kinds["QuantizeLinear"] + weights
+    # More where codes are moved: each reader of the moved ones has its own.
+    assert kinds["DequantizeLinear"] >= kinds["QuantizeLinear"] + weights
     assert kinds["HardSwish"] > 0
     assert kinds["TopK"] == 0
+
+
+def test_four_bits_take_four_bits(written: Written) -> None:
+    stored = [tensor for tensor in written.model.graph.initializer if tensor.data_type == TensorProto.INT4]
+    weights = [tensor for tensor in stored if len(tensor.dims) > 1]
+    assert len(weights) == sum(form.packed for form in written.program.plan.weights.values())
+    for tensor in weights:
+        codes = onnx.numpy_helper.to_array(tensor).astype("int8")
+        assert abs(codes).max() == 7
+        assert len(tensor.raw_data) == codes.size // 2
+    # The codes are those of the program: held against it when it was written, and here once more.
+    program = {codes for codes, _, _ in program_scales(written.program.graph).weights}
+    assert {onnx.numpy_helper.to_array(tensor).astype("int8").tobytes() for tensor in weights} <= program
+
+
+@pytest.mark.parametrize("level", ["DISABLE_ALL", "ENABLE_BASIC", "ENABLE_EXTENDED", "ENABLE_ALL"])
+def test_every_optimisation_loads_the_file(written: Written, level: str) -> None:
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, f"ORT_{level}")
+    session = onnxruntime.InferenceSession(written.data, options, providers=["CPUExecutionProvider"])
+    assert [given.name for given in session.get_inputs()] == ["images"]
 
 
 def test_every_shape_is_inferred(written: Written) -> None:

@@ -70,7 +70,7 @@ def test_codes_are_those_of_the_file(small: tuple[QuantizedProgram, Lowered], in
 
 def test_two_weights_share_a_byte(small: tuple[QuantizedProgram, Lowered], nano_run: Any) -> None:
     weights = small_weights(small[0])
-    assert len(weights) == list(small[0].plan.weights.values()).count(WeightFormat(4)) == 10
+    assert len(weights) == list(small[0].plan.weights.values()).count(WeightFormat(4, packed=True)) == 10
     assert small_weights(nano_run.program) == []
     assert all(int(codes.abs().max()) == 7 for codes in weights)
     saved = (nano_run.folder / "model.pte").stat().st_size - len(small[1].data)
@@ -121,7 +121,7 @@ def test_other_convolutions_are_refused() -> None:
     graph = trace(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 8, 2, stride=2)), 8)
     plan = make_plan(graph, QuantizeConfig(pointwise_weight_bits=4))
     assert [form.bits for form in plan.weights.values()] == [8, 8]
-    plan.weights.update(dict.fromkeys(plan.weights, WeightFormat(4)))
+    plan.weights.update(dict.fromkeys(plan.weights, WeightFormat(4, packed=True)))
     calibrated = backend.calibrate(backend.prepare(graph, plan, "minmax"), [torch.randn(4, 3, 8, 8)])
     program = backend.convert(calibrated, PREPROCESS)
     with pytest.raises(ValueError, match="not 1x1 with stride 1"):

@@ -250,6 +250,20 @@ def test_weight_scales_are_those_of_the_weight_as_it_is_now() -> None:
     assert quantizer.calculate_qparams()[0].tolist() == pytest.approx([5 / 127] * 2)
 
 
+def test_held_scales_stay_whatever_becomes_of_the_weight() -> None:
+    quantizer, other = PerChannelWeightFakeQuantize(), PerChannelWeightFakeQuantize()
+    quantizer.hold(torch.tensor([0.5, 0.25]))
+    w = torch.tensor([[1.2, 90.0], [-0.3, 0.1]])
+    assert quantizer(w).tolist() == [[1.0, 63.5], [-0.25, 0.0]], "clipped at 127 steps"
+    other(w)
+    other.load_state_dict(quantizer.state_dict())
+    assert torch.equal(other(w * 3), quantizer(w * 3))
+    assert quantizer.calculate_qparams()[0].tolist() == [0.5, 0.25]
+    small = weight_constructor(WeightFormat(2))()
+    small.hold(torch.tensor([1.0, 0.0]))
+    assert small.scale.tolist() == [1.0, 2.0**-12], "the accumulator's limit holds for them, too"
+
+
 def test_a_channel_of_zeros_stays_zero() -> None:
     w = torch.stack((torch.zeros(4), torch.ones(4)))
     quantizer = PerChannelWeightFakeQuantize()

@@ -10,6 +10,7 @@ from torch import Tensor, cat, nn
 from torch.fx import GraphModule, Node
 
 from hadaptive_q.errors import UserError
+from hadaptive_q.models.config import InputName
 from hadaptive_q.quant.formats import ActivationFormat, WeightFormat
 from hadaptive_q.quant.image_grid import VIEWS as IMAGE_VIEWS
 from hadaptive_q.quant.plan import Plan, make_plan
@@ -233,6 +234,21 @@ def test_an_owner_of_a_scale_is_stored_itself(graph: GraphModule) -> None:
     assert {scale_owner(plan, name) for name in plan.shared} <= plan.activations.keys()
 
 
+@pytest.mark.parametrize("name", ["float32", "uint8"])
+def test_four_bits_are_for_what_lies_inside(graph: GraphModule, name: InputName) -> None:
+    plan = make_plan(graph, QuantizeConfig(activation_bits=4, input=name))
+    nodes = {n.name: n for n in graph.graph.nodes}
+    (output,) = (n for n in nodes.values() if n.op == "output")
+    wide = {tensor for tensor, form in plan.activations.items() if form == ActivationFormat(8)}
+    assert set(plan.activations.values()) == {ActivationFormat(4), ActivationFormat(8)}
+    images = {n for n in plan.activations if nodes[scale_owner(plan, n)].op == "placeholder"}
+    scored = {product.mixed for product in find_products(graph) if product.choice}
+    assert images
+    assert wide == images | scored | {output.args[0][0].name}  # type: ignore[index, union-attr]
+    for tensor, form in plan.activations.items():
+        assert plan.activations[scale_owner(plan, tensor)] == form, "one scale, one format"
+
+
 def test_planning_changes_nothing(graph: GraphModule) -> None:
     code = graph.code
     assert make_plan(graph, QuantizeConfig()) == make_plan(graph, QuantizeConfig())
@@ -241,7 +257,7 @@ def test_planning_changes_nothing(graph: GraphModule) -> None:
 
 def test_four_bits_are_for_pointwise_layers_off_the_stem_and_the_scores(nano_graph: GraphModule) -> None:
     plan = make_plan(nano_graph, QuantizeConfig(pointwise_weight_bits=4))
-    assert set(plan.weights.values()) == {WeightFormat(4), WeightFormat(8)}
+    assert set(plan.weights.values()) == {WeightFormat(4, packed=True), WeightFormat(8)}
     scored = {product.mixed for product in find_products(nano_graph)}
     assert scored
     for node in nano_graph.graph.nodes:
@@ -251,9 +267,10 @@ def test_four_bits_are_for_pointwise_layers_off_the_stem_and_the_scores(nano_gra
         assert weight is not None
         mixes_channels = tuple(weight.shape[2:]) in {(), (1, 1)} and weight.shape[1] > 1
         kept = node.name in scored or module_path(node).startswith("stem.") or weight.shape[1] % 2 == 1
-        assert plan.weights[node.name] == WeightFormat(4 if mixes_channels and not kept else 8), node.name
-    small = {module_path(n) for n in nano_graph.graph.nodes if plan.weights.get(n.name) == WeightFormat(4)}
-    assert {"head.hidden", "head.classifier", "tail.conv", "blocks.0.projection.conv"} <= small
+        small = mixes_channels and not kept
+        assert plan.weights[node.name] == WeightFormat(4 if small else 8, packed=small), node.name
+    named = {module_path(n) for n in nano_graph.graph.nodes if plan.weights.get(n.name) == WeightFormat(4, True)}
+    assert {"head.hidden", "head.classifier", "tail.conv", "blocks.0.projection.conv"} <= named
     assert make_plan(nano_graph, QuantizeConfig()).weights == dict.fromkeys(plan.weights, WeightFormat(8))
 
 
@@ -277,6 +294,12 @@ def test_four_bits_are_for_what_the_runtime_has_arithmetic_for(layer: nn.Module,
     channels = getattr(layer, "in_channels", 4)
     plan = make_plan(trace(nn.Sequential(nn.Conv2d(3, channels, 1), layer), 8), QuantizeConfig(pointwise_weight_bits=4))
     assert [form.bits for form in plan.weights.values()] == [8, bits]
+    # Other layers may have as few bits, but their codes take a byte each.
+    everywhere = make_plan(
+        trace(nn.Sequential(nn.Conv2d(3, channels, 1), layer), 8),
+        QuantizeConfig(weight_bits=3, pointwise_weight_bits=3),
+    )
+    assert list(everywhere.weights.values()) == [WeightFormat(3), WeightFormat(3, packed=bits == 4)]
 
 
 def bits_by_layer(graph: GraphModule, config: QuantizeConfig) -> dict[str, int]:
@@ -297,13 +320,13 @@ def test_a_layer_may_be_an_exception(nano_graph: GraphModule) -> None:
 
 def test_a_module_stands_for_the_layers_in_it_and_the_inner_name_decides(nano_graph: GraphModule) -> None:
     usual = bits_by_layer(nano_graph, QuantizeConfig())
-    able = ["blocks.0.expansion.primary.conv", "blocks.0.projection.conv"]
     inside = [name for name in usual if name.startswith("blocks.0.")]
-    assert set(able) < set(inside), "a depthwise convolution keeps 8 bits"
-    assert bits_by_layer(nano_graph, QuantizeConfig(layers={"blocks.0": 4})) == usual | dict.fromkeys(able, 4)
-    for layers in ({"blocks.0": 4, able[1]: 8}, {able[1]: 8, "blocks.0": 4}):
+    own = "blocks.0.projection.conv"
+    assert own in inside
+    assert bits_by_layer(nano_graph, QuantizeConfig(layers={"blocks.0": 3})) == usual | dict.fromkeys(inside, 3)
+    for layers in ({"blocks.0": 3, own: 6}, {own: 6, "blocks.0": 3}):
         found = bits_by_layer(nano_graph, QuantizeConfig(layers=layers))
-        assert found == usual | {able[0]: 4}
+        assert found == usual | dict.fromkeys(inside, 3) | {own: 6}
 
 
 @pytest.mark.parametrize(
@@ -312,8 +335,8 @@ def test_a_module_stands_for_the_layers_in_it_and_the_inner_name_decides(nano_gr
         ("head.hiden", 4, "did you mean 'head.hidden'?"),
         ("blocks.22", 8, "did you mean 'blocks.2'?"),
         ("block", 4, "did you mean 'blocks'?"),
-        ("blocks.0.depthwise", 4, "got no layer that can have 4-bit weights"),
-        ("", 4, "got no layer that can have 4-bit weights"),
+        ("stem.", 3, "got the name of no layer"),
+        ("", 4, "got the name of no layer"),
     ],
 )
 def test_an_exception_for_no_layer(name: str, bits: Bits, hint: str, nano_graph: GraphModule) -> None:

@@ -43,7 +43,7 @@ from hadaptive_q.quant.product import Objective, PixelSampler, find_ranges
 from hadaptive_q.quant.program import QuantizedProgram
 from hadaptive_q.rewrite.drop_no_ops import drop_no_ops
 from hadaptive_q.rewrite.fold_dysoft import stored_range
-from hadaptive_q.rewrite.graph import constant, module_path, set_dropout
+from hadaptive_q.rewrite.graph import calls, constant, module_path, set_dropout
 from hadaptive_q.rewrite.products import Product, find_products, norm_of_products
 from hadaptive_q.rewrite.record import record
 from hadaptive_q.rewrite.split_dequantize import split_dequantize
@@ -272,7 +272,7 @@ def snap_biases(graph: GraphModule) -> None:
         if found is None:
             continue
         bias, codes, step = found
-        if has_four_bits(graph, node) and codes.abs().max() > LARGEST_SHIFTED_BIAS:
+        if has_few_bits(graph, node) and codes.abs().max() > LARGEST_SHIFTED_BIAS:
             name = module_path(node)
             raise UserError(
                 name,
@@ -300,9 +300,9 @@ def bias_codes(graph: GraphModule, node: Node) -> tuple[Tensor, Tensor, Tensor] 
     return bias, (bias.double() / step).round(), step
 
 
-def has_four_bits(graph: GraphModule, node: Node) -> bool:
-    """Whether the weights of the quantized layer `node` are rounded to 4 bits."""
-    return weight_quantizer(graph, node).quant_max == WeightFormat(4).code_range[1]
+def has_few_bits(graph: GraphModule, node: Node) -> bool:
+    """Whether the weights of the quantized layer `node` are rounded to 4 bits or fewer."""
+    return weight_quantizer(graph, node).quant_max <= WeightFormat(4).code_range[1]
 
 
 def weight_quantizer(graph: GraphModule, node: Node) -> PerChannelWeightFakeQuantize:
@@ -329,9 +329,18 @@ def convert(calibrated: Calibrated, preprocess: Preprocess, input_: InputName = 
     with torch.no_grad():
         graph(torch.zeros(2, 3, preprocess.image_size, preprocess.image_size))
     converted = convert_pt2e(graph)
+    _name_stored_ranges(converted, calibrated.plan)
     drop_no_ops(converted)
     split_dequantize(converted)
     return QuantizedProgram(converted, calibrated.plan, preprocess, input_)
+
+
+def _name_stored_ranges(graph: GraphModule, plan: Plan) -> None:
+    """Give the dequantize operators of weights the bounds of what is stored; they are no part of the arithmetic."""
+    for node in calls(graph, torch.ops.quantized_decomposed.dequantize_per_channel.default):
+        (layer,) = node.users
+        codes, scale, zero_point, axis, _, _, dtype = node.args
+        node.args = (codes, scale, zero_point, axis, *plan.weights[layer.name].stored_range, dtype)
 
 
 def activation_quantizers(graph: GraphModule) -> Iterator[ActivationFakeQuantize]:
