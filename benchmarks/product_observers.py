@@ -69,8 +69,8 @@ def main() -> None:
         for selection in ("static", "dynamic")
         for observer in typing.get_args(ObserverName)
     ]
-    output_folder(RESULTS.parent)
-    write_text(RESULTS, json.dumps(rows, indent=1) + "\n")
+    with output_folder(RESULTS.parent):
+        write_text(RESULTS, json.dumps(rows, indent=1) + "\n")
     print(_table(rows))
 
 

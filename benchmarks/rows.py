@@ -142,8 +142,8 @@ def _shown(row: Row) -> Row:
 
 def write_results(name: str, rows: list[Row]) -> None:
     """Keep `rows` as results/NAME.json."""
-    output_folder(RESULTS)
-    write_text(RESULTS / f"{name}.json", json.dumps(rows, indent=1) + "\n")
+    with output_folder(RESULTS):
+        write_text(RESULTS / f"{name}.json", json.dumps(rows, indent=1) + "\n")
 
 
 def read_results(name: str) -> list[Row]:
@@ -173,3 +173,11 @@ def markdown(columns: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
 def flips(sets: float, ranks: float) -> str:
     """Return both flip rates as a cell."""
     return f"{100 * sets:.1f} / {100 * ranks:.1f} %"
+
+
+def write_robustness(name: str, lines: list[tuple[str, ...]]) -> None:
+    """Keep what was tried and what became of it as results/NAME.json, and write the table of docs/robustness.md."""
+    columns = ("tried", "how often", "what happened")
+    rows: list[Row] = [dict(zip(columns, line, strict=True)) for line in lines]
+    write_results(name, rows)
+    write_table(name, markdown(columns, lines), ROOT / "docs" / "robustness.md")

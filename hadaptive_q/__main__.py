@@ -22,6 +22,15 @@ def main() -> None:
     except UserError as error:
         print(f"hadaptive-q: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        # The system's word on a file that is gone, a name that is too long, a disk that fails.
+        reason = UserError(str(error.filename or "a file"), f"'{error.strerror}'", "files that can be read and written")
+        print(f"hadaptive-q: {reason}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,6 +11,7 @@ import typer
 
 from hadaptive_q.arm.cores import CORES, find_core
 from hadaptive_q.errors import UserError, nearest
+from hadaptive_q.interruption import resumable
 from hadaptive_q.lower.file_formats import FORMATS, find_formats
 from hadaptive_q.models.config import INPUTS, VARIANTS
 from hadaptive_q.recipe import Recipe, load_recipe, shipped
@@ -74,7 +74,7 @@ def train(
     from hadaptive_q.pipeline import train_float
 
     folder = _folder(resolved, out)
-    _, trained = _finite(lambda: train_float(resolved, folder))
+    _, trained = resumable(lambda: train_float(resolved, folder), folder)
     accuracy = top1(trained.logits, trained.labels)
     where = folder / "float.safetensors"
     if as_json:
@@ -120,7 +120,7 @@ def _quantize(recipe: Recipe, checkpoint: Path | None, out: Path | None, to: str
     from hadaptive_q.pipeline import quantize
 
     folder = _folder(recipe, out)
-    report = _finite(lambda: quantize(recipe, folder, checkpoint, formats))
+    report = resumable(lambda: quantize(recipe, folder, checkpoint, formats), folder)
     if as_json:
         typer.echo(report.model_dump_json(indent=1))
         return
@@ -143,16 +143,6 @@ def _quantize(recipe: Recipe, checkpoint: Path | None, out: Path | None, to: str
 def _formats(names: str) -> list[str]:
     """Return the formats in a comma-separated list; what cannot be written is refused before any work."""
     return list(find_formats([name.strip() for name in names.split(",")]))
-
-
-def _finite(step: Callable[[], Any]) -> Any:
-    """Run `step`; a training that diverges is the user's to mend."""
-    try:
-        return step()
-    except FloatingPointError as error:
-        raise UserError(
-            "training", str(error), "a finite loss", "lower the learning rate: --set float.lr=... or fit.lr=..."
-        ) from error
 
 
 @app.command("eval")
@@ -336,7 +326,8 @@ def import_(
     from hadaptive_q.models.checkpoint import load_model, save_model
 
     model = load_model(checkpoint)
-    save_model(model, output_folder(out) / "model.safetensors")
+    with output_folder(out):
+        save_model(model, out / "model.safetensors")
     typer.echo(f"{out / 'model.safetensors'}: {model.config.num_classes} classes, {len(model.config.blocks)} blocks")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from torch import Tensor
@@ -13,7 +12,7 @@ from hadaptive_q.errors import UserError
 from hadaptive_q.lower.file_formats import FORMATS, find_formats, open_file
 from hadaptive_q.lower.isolated import isolated
 from hadaptive_q.lower.parity import top1, topk
-from hadaptive_q.models.checkpoint import load_model
+from hadaptive_q.models.checkpoint import load_model, read_config
 from hadaptive_q.models.config import Preprocess
 from hadaptive_q.train.loop import predict
 
@@ -51,7 +50,4 @@ def _result(file: Path, logits: Tensor, labels: Tensor, data: ImageData) -> dict
 
 def _beside(file: Path) -> Preprocess | None:
     config = file.parent / "float.json"
-    if not config.is_file():
-        return None
-    content = json.loads(config.read_text())
-    return Preprocess.model_validate(content["preprocess"]) if content.get("preprocess") else None
+    return read_config(config).preprocess if config.is_file() else None

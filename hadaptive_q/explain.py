@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from hadaptive_q.atomic import output_folder
 from hadaptive_q.data.transforms import normalise
 from hadaptive_q.errors import UserError, nearest
 from hadaptive_q.lower.parity import sqnr_db
@@ -64,8 +65,9 @@ def explain(run: FinishedRun, layers: Sequence[str] = (), samples: int = 64) -> 
 
 def write_explanation(run: FinishedRun, explanation: Explanation) -> None:
     """Write ``explain.json`` into the run's folder and its report once more, with the explanation in it."""
-    explanation.write(run.folder / "explain.json")
-    write_report_pages(run.report, run.folder, explanation)
+    with output_folder(run.folder):
+        explanation.write(run.folder / "explain.json")
+        write_report_pages(run.report, run.folder, explanation)
 
 
 def _asked_for(layer: str, names: Sequence[str]) -> bool:

@@ -23,12 +23,12 @@ def export_run(run: Path, to: Sequence[str], out: Path) -> list[Path]:
     formats = find_formats(to)
     finished = open_run(run)
     program = finished.program()
-    atomic.output_folder(out)
-    atomic.write_bytes(out / "float.json", (run / "float.json").read_bytes())
     written = {out / f"model.{name}": format_ for name, format_ in formats.items()}
     data, report = finished.data, finished.report
     origin = Origin(finished.recipe, report.model, data.preprocess, labels_of(data.val), report.calibration_digest)
-    for path, format_ in written.items():
-        write_checked(path, format_.lower(program), format_.open, data)
-        origin.of_file(path, format_.open(path).predict(data.val, data.preprocess), program)
+    with atomic.output_folder(out):
+        atomic.write_bytes(out / "float.json", (run / "float.json").read_bytes())
+        for path, format_ in written.items():
+            write_checked(path, format_.lower(program), format_.open, data)
+            origin.of_file(path, format_.open(path).predict(data.val, data.preprocess), program)
     return list(written)

@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_model as save_tensors
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -56,6 +55,7 @@ from hadaptive_q.train.losses import fit_loss, float_loss
 from hadaptive_q.train.observe import ObservedGraph, ObservedModel
 
 LAYER_SAMPLES = 256
+QAT_STATE = "qat.state"
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,15 @@ def train_float(recipe: Recipe, out: Path, checkpoint: Path | None = None) -> tu
 
     Raises UserError where the checkpoint and the data do not fit.
     """
+    with atomic.output_folder(out):
+        return _float_model(recipe, out, checkpoint)
+
+
+def _float_model(recipe: Recipe, out: Path, checkpoint: Path | None) -> tuple[ImageData, FloatModel]:
     given = load_model(checkpoint) if checkpoint else None
     data = open_data_for(recipe, given)
+    # Of an earlier run in this folder: with its last file gone, what is there no longer counts as finished.
+    (out / "report.json").unlink(missing_ok=True)
     model = given or _trained(recipe, data, out)
     if given:
         model.preprocess = data.preprocess
@@ -101,10 +108,14 @@ def quantize(recipe: Recipe, out: Path, checkpoint: Path | None = None, to: Sequ
     `out` gets `model.pte`, `float.pte`, the checkpoints, the resolved recipe and calibration, and the report; and
     `model.FORMAT` for what else `to` names. Each file appears whole; the report is the last.
     """
-    others = {name: format_ for name, format_ in find_formats(to).items() if name != "pte"}
+    find_formats(to)
     find_backend(recipe.quantize.backend)  # raises before any training where it is not installed
-    atomic.output_folder(out)
-    data, reference = train_float(recipe, out, checkpoint)
+    with atomic.output_folder(out):
+        return _quantize(recipe, out, checkpoint, to)
+
+
+def _quantize(recipe: Recipe, out: Path, checkpoint: Path | None, to: Sequence[str]) -> Report:
+    data, reference = _float_model(recipe, out, checkpoint)
     manifest = resolve(find_manifest(recipe.calibration.manifest, data), data)
     atomic.write_text(out / "recipe.yaml", recipe.to_yaml())
     atomic.write_text(out / "calibration.yaml", manifest.to_yaml())
@@ -128,8 +139,9 @@ def quantize(recipe: Recipe, out: Path, checkpoint: Path | None = None, to: Sequ
     for name in FORMATS.keys() - {"pte"}:
         drop_passport(out / f"model.{name}")
         (out / f"model.{name}").unlink(missing_ok=True)  # of an earlier run in this folder
-    for name, format_ in others.items():
-        write_checked(out / f"model.{name}", format_.lower(program), format_.open, data)
+    for name, format_ in find_formats(to).items():
+        if name != "pte":
+            write_checked(out / f"model.{name}", format_.lower(program), format_.open, data)
 
     answers = _answers(out, data, program)
     report = _measure(recipe, out, data, reference, model, manifest, program, deploy, quantized_pte, answers)
@@ -138,6 +150,7 @@ def quantize(recipe: Recipe, out: Path, checkpoint: Path | None = None, to: Sequ
     (out / "explain.json").unlink(missing_ok=True)  # of an earlier run in this folder
     write_report_pages(report, out)
     report.write(out / "report.json")
+    (out / QAT_STATE).unlink(missing_ok=True)  # kept till now: who is killed while lowering need not train again
     return report
 
 
@@ -151,8 +164,7 @@ def quantized_program(
     if recipe.fit:
         _fit(recipe, backend, calibrated, teacher, data, manifest, out)
     drop_passport(out / "quantized.safetensors")
-    # save_model, not save_file: tensors that share a scale share one fake-quantizer.
-    atomic.write_with(out / "quantized.safetensors", lambda path: save_tensors(calibrated.graph, str(path)))
+    atomic.write_bytes(out / "quantized.safetensors", torchao_pt2e.saved(calibrated))
     return torchao_pt2e.convert(calibrated, data.preprocess, recipe.quantize.input)
 
 
@@ -200,8 +212,8 @@ def _fit(
         config=fit,
         seed=recipe.seed + 1,
         title="qat",
-        state_file=out / "qat.state",
-        key=f"{recipe.digest()} {weights_digest(teacher)}",
+        state_file=out / QAT_STATE,
+        key=f"{recipe.digest()} {weights_digest(teacher)} {manifest.digest}",
         loss=fit_loss(
             fit,
             ObservedModel(teacher.eval()),
@@ -211,7 +223,6 @@ def _fit(
     )
     train(ObservedGraph(calibrated.graph, teacher.config.slot_order), data, training)
     backend.end_fit(calibrated)
-    discard_state(training)
 
 
 def open_data_for(recipe: Recipe, given: HadaptiveNet | None) -> ImageData:
@@ -243,20 +254,19 @@ def _few(classes: tuple[str, ...]) -> str:
 
 
 def _trained(recipe: Recipe, data: ImageData, out: Path) -> HadaptiveNet:
-    atomic.output_folder(out)
     target = out / "float.safetensors"
     parts = [recipe.model, recipe.slot_order, recipe.data, recipe.seed, recipe.float.model_dump(mode="json")]
     key = hashlib.sha256(json.dumps([*parts, data.preprocess.model_dump(mode="json")]).encode()).hexdigest()
+    training = Training(recipe.float, recipe.seed, "float", out / "float.state", key)
     if read_training_key(target) == key:
+        discard_state(training)  # of a run that was killed just before
         return load_model(target)
     _check_layers(recipe, data)
     torch.manual_seed(recipe.seed)
     model = create_model(recipe.model, data.num_classes, slot_order=recipe.slot_order)
     model.preprocess = data.preprocess
     student = ObservedModel(model)
-    loss = float_loss(recipe.float, student)
-    training = Training(recipe.float, recipe.seed, "float", out / "float.state", key, loss)
-    train(student.train(), data, training)
+    train(student.train(), data, replace(training, loss=float_loss(recipe.float, student)))
     drop_passport(target)
     save_model(model, target, key)
     discard_state(training)

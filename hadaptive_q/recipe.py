@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from pydantic import ValidationError as PydanticError
 
 from hadaptive_q.errors import UserError, nearest
@@ -24,6 +24,9 @@ from hadaptive_q.models.config import VARIANTS, InputName, SlotOrder
 Share = Annotated[float, Field(ge=0, lt=1)]
 Bits = Annotated[int, Field(ge=2, le=8)]
 BackendName = Literal["torchao", "brevitas"]
+# Random generators take 64 bits, of which every epoch has a part of its own.
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+ImageSize = Annotated[int, Field(gt=0, le=4096)]
 LAYER_KEYS = "quantize.layers."
 
 
@@ -118,15 +121,15 @@ class Recipe(_Section):
     model: str = "hadaptive_net_s"
     slot_order: SlotOrder = "channel"
     data: str = "digits"
-    image_size: PositiveInt | None = None
-    seed: NonNegativeInt = 0
+    image_size: ImageSize | None = None
+    seed: Seed = 0
     float: TrainConfig
     calibration: CalibrationConfig = CalibrationConfig()
     quantize: QuantizeConfig = QuantizeConfig()
     fit: FitConfig | None = None
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return yaml.dump(self.model_dump(mode="json"), Dumper=_PlainDumper, sort_keys=False)
 
     def digest(self) -> str:
         """Return ``sha256:...`` of the resolved recipe, independent of comments and key order."""
@@ -143,13 +146,15 @@ def shipped(kind: Literal["recipes", "calib"]) -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """SafeLoader that refuses duplicate keys and aliases (an alias can grow without bound)."""
+class _PlainLoader(yaml.SafeLoader):
+    """SafeLoader that refuses duplicate keys, aliases (an alias can grow without bound) and tags."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark
-            raise yaml.constructor.ConstructorError(problem="aliases are not allowed", problem_mark=mark)
+        event = self.peek_event()
+        found = "aliases" if isinstance(event, yaml.AliasEvent) else "tags" if getattr(event, "tag", None) else None
+        if found:
+            problem = f"{found} are not allowed"
+            raise yaml.constructor.ConstructorError(problem=problem, problem_mark=event.start_mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
@@ -160,10 +165,15 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+class _PlainDumper(yaml.SafeDumper):
+    """SafeDumper that puts into quotes what `_PlainLoader` would not read as text."""
+
+
 # YAML 1.1 reads 1e-3 as text for want of a dot, and everybody writes learning rates so.
-_UniqueKeyLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+for _side in (_PlainLoader, _PlainDumper):
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
+    )
 # ValueError comes from values that only look like a date or a number (2020-13-45, 0b_).
 _NOT_PLAIN = (yaml.YAMLError, ValueError, RecursionError)
 
@@ -171,7 +181,7 @@ _NOT_PLAIN = (yaml.YAMLError, ValueError, RecursionError)
 def read_yaml(path: Path) -> dict[str, Any]:
     """Return the mapping in `path`. Raises UserError for anything that is not plain YAML data."""
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
+        content = yaml.load(path.read_text(encoding="utf-8"), _PlainLoader)
     except (OSError, *_NOT_PLAIN) as error:
         raise UserError(str(path), f"'{' '.join(str(error).split())}'", "plain YAML") from error
     if not isinstance(content, dict):
@@ -205,7 +215,7 @@ def parse_recipe(content: Mapping[str, Any], where: str) -> Recipe:
         recipe = Recipe.model_validate_json(json.dumps(content))
     except PydanticError as error:
         raise _explain(error, where) from error
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise UserError(where, f"'{error}'", "numbers, texts, lists and mappings") from error
     if recipe.model not in VARIANTS:
         hint = nearest(recipe.model, VARIANTS)
@@ -228,7 +238,7 @@ def _apply(content: dict[str, Any], setting: str) -> None:
         if not isinstance(target, dict):
             raise UserError(f"--set {setting}", f"{parent!r}, which is a single value", "a section of the recipe")
     try:
-        target[leaf] = yaml.load(text, _UniqueKeyLoader)
+        target[leaf] = yaml.load(text, _PlainLoader)
     except _NOT_PLAIN as error:
         raise UserError(f"--set {setting}", repr(text), "a plain YAML value") from error
 

@@ -110,7 +110,7 @@ def _freeze(model: HadaptiveNet, path: Path) -> None:
         chosen = json.loads(path.read_text(encoding="utf-8"))
         for name, module in model.ach_modules():
             module.freeze(torch.tensor(chosen[name]))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(
             str(path), f"'{error}'", "channels for every ACH, as the run wrote them", "run it again"
         ) from error

@@ -149,7 +149,11 @@ def search(
     and number formats are the same.
     Raises UserError where no choice keeps the goal, and where the recipe leaves nothing to choose.
     """
-    atomic.output_folder(out)
+    with atomic.output_folder(out):
+        return _search(recipe, checkpoint, goal, out, samples, core)
+
+
+def _search(recipe: Recipe, checkpoint: Path, goal: Goal, out: Path, samples: int, core: str | None) -> SearchRecord:
     model = load_model(checkpoint)
     data = open_data_for(recipe, model)
     manifest = resolve(find_manifest(recipe.calibration.manifest, data), data)

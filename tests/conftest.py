@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,11 @@ os.environ["HF_HOME"] = _TABLES.name
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Tensors here are tiny: threads that wait for each other on a busy machine took 170 times as long as the work.
 torch.set_num_threads(1)
+
+# The same examples on every run; HYPOTHESIS_PROFILE=many looks for others.
+hypothesis.settings.register_profile("few", derandomize=True, deadline=None, database=None, max_examples=60)
+hypothesis.settings.register_profile("many", deadline=None, database=None, max_examples=2000)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "few"))
 
 IMAGE_SIZE = 32  # twice the nano network's stride: the last stage still has 2 x 2 pixels
 

@@ -16,7 +16,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 MAX_LINES = 400
 # Lower layers first; a module imports its own layer and those before it.
 LAYERS = [
-    ["errors", "atomic"],
+    ["errors", "atomic", "interruption"],
     ["models.config", "quant.formats"],
     ["recipe", "models", "data"],
     ["rewrite", "train"],

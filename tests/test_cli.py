@@ -209,6 +209,20 @@ def test_output_that_cannot_be_written(tmp_path: Path, nano_ten: Path) -> None:
     assert_one_clear_line(done, "--out", "can be written")
 
 
+@pytest.mark.parametrize("name", ["x" * 5000, "x" * 5000 + ".yaml", "no\nsuch"])
+def test_names_no_system_takes(name: str, tmp_path: Path) -> None:
+    for arguments in (["eval", name], ["qat", "--recipe", name], ["qat", "--data", name], ["explain", name]):
+        done = run(*arguments, *(["--out", str(tmp_path / "out")] if arguments[0] == "qat" else []))
+        assert_one_clear_line(done, "xxx" if "x" in name else "such")
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"preprocess": 7}', "[" * 10**5], ids=range(5))
+def test_a_broken_preprocessing_beside_a_file(content: str, nano_run: Any, tmp_path: Path) -> None:
+    shutil.copy(nano_run.folder / "model.pte", tmp_path / "model.pte")
+    (tmp_path / "float.json").write_text(content)
+    assert_one_clear_line(run("eval", str(tmp_path / "model.pte")), "float.json")
+
+
 @pytest.mark.parametrize("name", ["garbage.pte", "garbage.onnx"])
 def test_garbage_file(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(bytes(range(256)) * 8)

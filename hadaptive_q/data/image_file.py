@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 import warnings
 from pathlib import Path
 
@@ -14,6 +15,11 @@ from torch import Tensor
 from hadaptive_q.errors import UserError
 
 _EXPECTED = "an image that Pillow can read"
+# What Pillow raises for damaged pixels, headers and metadata.
+_UNREADABLE = (
+    *(UnidentifiedImageError, Image.DecompressionBombError, Image.DecompressionBombWarning, struct.error, SyntaxError),
+    *(OSError, EOFError, ValueError, TypeError, LookupError, ArithmeticError),
+)
 
 
 def check_header(path: Path) -> None:
@@ -21,7 +27,7 @@ def check_header(path: Path) -> None:
     try:
         with Image.open(path):
             pass
-    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
+    except _UNREADABLE as error:
         raise UserError(str(path), _reason(error), _EXPECTED, "remove or replace the file") from error
 
 
@@ -36,14 +42,7 @@ def decode(data: bytes, size: int, where: str) -> Tensor:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data)) as image:
                 upright = _eight_bits(ImageOps.exif_transpose(image)).convert("RGB")
-    except (
-        UnidentifiedImageError,
-        OSError,
-        ValueError,
-        SyntaxError,
-        Image.DecompressionBombError,
-        Image.DecompressionBombWarning,
-    ) as error:
+    except _UNREADABLE as error:
         raise UserError(where, _reason(error), _EXPECTED, "remove or replace it") from error
     fitted = ImageOps.fit(upright, (size, size), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).contiguous()

@@ -36,6 +36,7 @@ _REFUSALS = (
     native.InvalidProtobuf,
     native.NotImplemented,
     native.RuntimeException,
+    UnicodeDecodeError,  # a name that is no text
 )
 
 
@@ -164,7 +165,12 @@ class OnnxFile:
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = _FATAL  # a refusal is raised; it need not be printed, too
         try:
-            self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            self._session = onnxruntime.InferenceSession(
+                str(path),
+                options,
+                providers=["CPUExecutionProvider"],
+                enable_fallback=0,  # it would print, and try the same once more
+            )
         except _REFUSALS as error:
             raise UserError(f"file {path}", f"'{error}'", "an .onnx that onnxruntime loads") from error
         self._name, self.input = self._images()

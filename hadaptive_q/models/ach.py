@@ -152,6 +152,9 @@ class ACH(nn.Module):
         """Fix the chosen channels to `indices` `(cs,)` for every sample (``selection: static``)."""
         if indices.shape != (self.cs,):
             raise ValueError(f"expected {self.cs} indices, got shape {tuple(indices.shape)}")
+        channels = self.pointwise.out_channels
+        if indices.is_floating_point() or not 0 <= int(indices.min()) <= int(indices.max()) < channels:
+            raise ValueError(f"expected channels below {channels}, got {indices.tolist()}")
         self.frozen = indices.to(self.pair_i.device)
 
     def select(self, scores: Tensor) -> Tensor:

@@ -7,15 +7,16 @@ checkpoint can execute. `load_model` reads the authors' files too (see `conducto
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
-from hadaptive_q.atomic import write_text, write_with
+from hadaptive_q.atomic import write_bytes, write_text
 from hadaptive_q.errors import UserError
 from hadaptive_q.models.conductor import read_conductor
 from hadaptive_q.models.config import HadaptiveNetConfig, Preprocess
@@ -39,9 +40,11 @@ def save_model(model: HadaptiveNet, path: Path, training_key: str | None = None)
     """
     config = CheckpointConfig(model=model.config, preprocess=model.preprocess, training_key=training_key)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    # Removed first, written last: a configuration must never stand beside other weights.
-    path.with_suffix(".json").unlink(missing_ok=True)
-    write_with(path, lambda temporary: save_file(tensors, temporary))
+    weights = save(tensors)
+    if not path.is_file() or path.read_bytes() != weights:
+        # Removed first, written last: a configuration must never stand beside other weights.
+        path.with_suffix(".json").unlink(missing_ok=True)
+        write_bytes(path, weights)
     write_text(path.with_suffix(".json"), config.model_dump_json(indent=1) + "\n")
 
 
@@ -70,10 +73,15 @@ def load_model(path: str | Path) -> HadaptiveNet:
         model_config, tensors = read_conductor(path)
         config = CheckpointConfig(model=model_config)
     try:
-        model = HadaptiveNet(config.model)
-    except ValueError as error:
-        raise UserError(f"checkpoint {path}", f"'{error}'", "the configuration of a Hadaptive-Net") from error
-    _load_strictly(model, tensors, path)
+        with torch.device("meta"):  # a configuration that lies is found out before its tensors take memory
+            expected = HadaptiveNet(config.model).state_dict()
+    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"checkpoint {path}", f"'{reason}'", "the configuration of a Hadaptive-Net") from error
+    _check_tensors(expected, tensors, f"checkpoint {path}", config.model.name)
+    model = HadaptiveNet(config.model)
+    with torch.no_grad():
+        model.load_state_dict({n: t.to(expected[n].dtype) for n, t in tensors.items()})
     model.preprocess = config.preprocess
     return model.eval()
 
@@ -84,14 +92,7 @@ def _read_safetensors(path: Path) -> tuple[CheckpointConfig, dict[str, Tensor]]:
         raise UserError(
             f"checkpoint {path}", f"no {beside.name} beside it", "the configuration written with the weights"
         )
-    try:
-        config = CheckpointConfig.model_validate(json.loads(beside.read_text()))
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        raise UserError(f"checkpoint {beside}, {key}", repr(first["input"])[:80], first["msg"]) from error
-    except ValueError as error:
-        raise UserError(f"checkpoint {beside}", f"'{error}'", "the JSON written with the weights") from error
+    config = read_config(beside)
     try:
         return config, load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
@@ -100,23 +101,34 @@ def _read_safetensors(path: Path) -> tuple[CheckpointConfig, dict[str, Tensor]]:
         ) from error
 
 
-def _load_strictly(model: HadaptiveNet, tensors: dict[str, Tensor], path: Path) -> None:
-    expected = model.state_dict()
+def read_config(path: Path) -> CheckpointConfig:
+    """Return the configuration in the JSON at `path`. Raises UserError for anything else."""
+    try:
+        return CheckpointConfig.model_validate(json.loads(path.read_text()))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise UserError(f"checkpoint {path}, {key}", repr(first["input"])[:80], first["msg"]) from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"checkpoint {path}", f"'{error}'", "the JSON written with the weights") from error
+
+
+def _check_tensors(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: str, name: str) -> None:
+    """Raise UserError unless `tensors` are finite and have the names, shapes and kinds of numbers of `expected`."""
     missing = sorted(expected.keys() - tensors.keys())
     unknown = sorted(tensors.keys() - expected.keys())
     if missing or unknown:
         raise UserError(
-            f"checkpoint {path}",
+            where,
             f"{len(missing)} tensors missing, {len(unknown)} unknown (such as {(missing + unknown)[0]})",
-            f"the tensors of {model.config.name}",
+            f"the tensors of {name}",
         )
-    for name, tensor in tensors.items():
-        if tensor.shape != expected[name].shape:
-            raise UserError(
-                f"checkpoint {path}, {name}", f"shape {tuple(tensor.shape)}", f"{tuple(expected[name].shape)}"
-            )
+    for key, tensor in tensors.items():
+        wanted = expected[key]
+        if tensor.shape != wanted.shape:
+            raise UserError(f"{where}, {key}", f"shape {tuple(tensor.shape)}", f"{tuple(wanted.shape)}")
+        if tensor.is_floating_point() != wanted.is_floating_point() or tensor.is_complex():
+            raise UserError(f"{where}, {key}", str(tensor.dtype), f"numbers like {wanted.dtype}")
         # The norms of the temperature rule are NaN until their step has come.
-        if not name.endswith(("gradient_norm", "stored_norm")) and not tensor.isfinite().all():
-            raise UserError(f"checkpoint {path}, {name}", "NaN or infinity", "finite weights")
-    with torch.no_grad():
-        model.load_state_dict({n: t.to(expected[n].dtype) for n, t in tensors.items()})
+        if not key.endswith(("gradient_norm", "stored_norm")) and not tensor.to(wanted.dtype).isfinite().all():
+            raise UserError(f"{where}, {key}", "NaN or infinity", "finite weights")

@@ -24,6 +24,7 @@ _UNREADABLE = (
     *(pickle.UnpicklingError, RuntimeError, EOFError, OSError),
     *(ValueError, LookupError, AttributeError, TypeError),
 )
+MOST_PARTS = 1000
 _CONV_BN = {"conv": "conv", "bn": "bn"}
 _GHOST = {"primary_conv": "primary", "cheap_operation": "cheap"}
 _ACH = {"fc": "pointwise", "norm_x": "bn", "eva_net.conv": "scorer", "norm": "norm"}
@@ -54,6 +55,8 @@ def read_conductor(path: Path) -> tuple[HadaptiveNetConfig, dict[str, Tensor]]:
 
 def parse_description(description: Mapping[str, Any]) -> HadaptiveNetConfig:
     """Turn the authors' `model_desc` (rows of ``[from, repeats, kind, arguments]``) into our configuration."""
+    if sum(max(0, repeats) for _, repeats, _, _ in description["backbone"]) > MOST_PARTS:
+        raise ValueError(f"more than {MOST_PARTS} parts")
     parts = [(kind, args) for _, repeats, kind, args in description["backbone"] for _ in range(repeats)]
     blocks = [_block(args) for kind, args in parts if kind == "AdaptiveBottleneck"]
     convs = [_conv(args) for kind, args in parts if kind == "ConvNormAct"]

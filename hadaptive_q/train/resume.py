@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hadaptive_q.atomic import write_with
+from hadaptive_q.atomic import write_bytes
 from hadaptive_q.errors import UserError
 
 # What `torch.load` raises for a damaged or foreign file.
@@ -20,7 +21,10 @@ _UNREADABLE = (
 
 def save_state(path: Path, key: str, state: dict[str, Any]) -> None:
     """Write `state`, marked with `key`: what the training is made of, so that another one does not continue it."""
-    write_with(path, lambda temporary: torch.save({"key": key, **state}, temporary))
+    # In memory first: what torch raises when a disk is full does not say so.
+    content = io.BytesIO()
+    torch.save({"key": key, **state}, content)
+    write_bytes(path, content.getvalue())
 
 
 def load_state(path: Path, key: str) -> dict[str, Any] | None:

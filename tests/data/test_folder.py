@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +91,26 @@ def test_a_sample_is_known_by_its_bytes(tmp_path: Path) -> None:
     assert isinstance(two.train, FolderSplit)
     Image.new("RGB", (20, 30)).save(two.train.files[3][0])
     assert digest(two.train, range(8)) != found
+
+
+def test_the_content_decides_and_not_the_ending(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        fill(tmp_path / name, 2)
+    Image.new("RGB", (20, 30), (9, 9, 9)).save(tmp_path / "cat" / "image 0.png", "JPEG")
+    data = open_data(str(tmp_path), 8)
+    assert {tuple(data.train[i][0].shape) for i in range(2)} == {(3, 8, 8)}
+
+
+def test_links_that_lead_nowhere_or_in_circles_are_no_images(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        fill(tmp_path / name, 2)
+    (tmp_path / "cat" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (tmp_path / "cat" / "self.png").symlink_to("self.png")
+    (tmp_path / "dog" / "up").symlink_to(tmp_path, target_is_directory=True)
+    os.mkfifo(tmp_path / "dog" / "pipe.png")
+    data = open_data(str(tmp_path), 8)
+    assert data.preprocess.classes == ("cat", "dog")
+    assert len(data.train) + len(data.val) == 4
 
 
 def test_a_class_without_images_is_named(tmp_path: Path) -> None:

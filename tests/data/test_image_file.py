@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import struct
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from hadaptive_q.data import image_file
@@ -130,6 +134,55 @@ def test_decompression_bombs_are_refused(limit: int, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
     with pytest.raises(UserError, match=r"here: got '.*decompression bomb"):
         decode(data, 32, "here")
+
+
+@pytest.mark.parametrize("form", ["GIF", "PNG", "WEBP", "TIFF"])
+def test_of_an_animation_the_first_picture_counts(form: str) -> None:
+    first, second = Image.new("RGB", (8, 8), (250, 0, 0)), Image.new("RGB", (8, 8), (0, 250, 0))
+    image = decode(encoded(first, form, save_all=True, append_images=[second]), 8, "here")
+    assert int(image[0].min()) > 240
+    assert int(image[1].max()) < 10
+
+
+def seeds() -> list[bytes]:
+    """Small images of every form, some with metadata, some with a second picture."""
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8)
+    image, exif = Image.fromarray(pixels), Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "a description"
+    more = {"save_all": True, "append_images": [image.rotate(90)]}
+    return [
+        *(encoded(image, form) for form in ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "PPM")),
+        *(encoded(image, form, exif=exif) for form in ("PNG", "JPEG", "WEBP")),
+        *(encoded(image, form, **more) for form in ("PNG", "GIF")),
+        encoded(image.convert("CMYK"), "JPEG"),
+        encoded(image.convert("P"), "PNG"),
+        encoded(Image.fromarray(SIXTEEN)),
+    ]
+
+
+@given(
+    data=st.sampled_from(seeds()),
+    cut=st.none() | st.integers(0, 4000),
+    changes=st.lists(st.tuples(st.integers(0, 250) | st.integers(0, 4000), st.integers(0, 255)), max_size=8),
+)
+def test_any_damage_is_an_image_or_one_line(data: bytes, cut: int | None, changes: list[tuple[int, int]]) -> None:
+    damaged = bytearray(data[:cut])
+    for place, value in changes:
+        if damaged:
+            damaged[place % len(damaged)] = value
+    with contextlib.suppress(UserError):
+        assert decode(bytes(damaged), 8, "here").shape == (3, 8, 8)
+
+
+def test_damaged_metadata_is_named() -> None:
+    """An orientation, of which nothing is left to turn the image by."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(Image.fromarray(ramp()), "JPEG", exif=exif)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(image_file.ImageOps, "exif_transpose", lambda _: struct.unpack("<H", b""))
+        with pytest.raises(UserError, match=r"here: got '.*requires a buffer.*'; expected an image"):
+            decode(data, 8, "here")
 
 
 def test_check_header_reads_the_kind_and_not_the_pixels(tmp_path: Path) -> None:

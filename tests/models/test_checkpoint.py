@@ -95,10 +95,26 @@ def test_a_configuration_never_stands_beside_weights_of_another_run(
     def no_space(*_: object) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr("hadaptive_q.models.checkpoint.save_file", no_space)
+    monkeypatch.setattr("hadaptive_q.models.checkpoint.write_bytes", no_space)
+    with torch.no_grad():
+        nano.head.hidden.bias[0] += 1
     with pytest.raises(OSError, match="no space"):
         save_model(nano, saved, "another run")
     assert read_training_key(saved) is None
+
+
+def test_weights_that_are_there_already_keep_their_configuration(
+    saved: Path, nano: HadaptiveNet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run whose checkpoint lies in its own folder writes it again: killed on the way, it must not have lost it."""
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hadaptive_q.models.checkpoint.write_text", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_model(nano, saved, "another run")
+    assert read_training_key(saved) == "what it was trained from"
 
 
 def test_weights_hold_tensors_only_and_share_none(saved: Path, nano: HadaptiveNet) -> None:
@@ -162,6 +178,57 @@ DAMAGE: list[tuple[str, Callable[[Path], object], str]] = [
     (
         "infinity",
         lambda p: change_tensors(p, lambda t: t["head.hidden.bias"][0].fill_(float("-inf"))),
+        "head.hidden.bias: got NaN or infinity",
+    ),
+]
+
+
+def header(path: Path, content: bytes, length: int | None = None) -> None:
+    """Give the safetensors file at `path` another header, which says it has `length` bytes."""
+    old = path.read_bytes()
+    body = old[8 + int.from_bytes(old[:8], "little") :]
+    path.write_bytes((len(content) if length is None else length).to_bytes(8, "little") + content + body)
+
+
+def twice(path: Path) -> None:
+    """Name one tensor twice."""
+    old = path.read_bytes()
+    content = old[8 : 8 + int.from_bytes(old[:8], "little")].rstrip()
+    entry = b'"tail.conv.weight":{"dtype":"F32","shape":[40,24,1,1],"data_offsets":[0,3840]}'
+    header(path, content[:-1] + b"," + entry + b"}")
+
+
+def lie(path: Path, **fields: object) -> None:
+    change_config(path, lambda c: c["model"].update(fields))  # type: ignore[attr-defined]
+
+
+WHOLE = "expected a whole safetensors file"
+DAMAGE += [
+    ("header of 16 exabytes", lambda p: header(p, b"{}", 2**64 - 1), WHOLE),
+    ("header beyond the file", lambda p: header(p, b"{}", 10**7), WHOLE),
+    ("header of brackets", lambda p: header(p, b"[" * 10**5), WHOLE),
+    ("no tensors", lambda p: header(p, b"{}"), WHOLE),
+    ("a tensor twice", twice, WHOLE),
+    ("link to nowhere", lambda p: (p.unlink(), p.symlink_to("nowhere")), "got no such file"),
+    ("link to itself", lambda p: (p.unlink(), p.symlink_to(p.name)), "got no such file"),
+    ("json of brackets", lambda p: p.with_suffix(".json").write_text("[" * 10**5), "expected the JSON written with"),
+    (
+        "json of a long number",
+        lambda p: p.with_suffix(".json").write_text("9" * 5000),
+        "expected the JSON written with",
+    ),
+    ("terabytes of weights", lambda p: lie(p, tail=10**9, hidden=10**9), "expected (10, 1000000000)"),
+    ("more than a number holds", lambda p: lie(p, tail=10**30), "the configuration of a Hadaptive-Net"),
+    ("impossible dropout", lambda p: lie(p, dropout=7.0), "the configuration of a Hadaptive-Net"),
+    ("no blocks", lambda p: lie(p, blocks=[]), "unknown"),
+    (
+        "whole numbers",
+        lambda p: change_tensors(p, lambda t: t.update({"head.hidden.bias": t["head.hidden.bias"].long()})),
+        "head.hidden.bias: got torch.int64; expected numbers like torch.float32",
+    ),
+    (
+        "beyond float32",
+        lambda p: change_tensors(p, lambda t: t.update({"head.hidden.bias": t["head.hidden.bias"].double() + 1e300})),
         "head.hidden.bias: got NaN or infinity",
     ),
 ]

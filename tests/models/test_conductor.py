@@ -140,6 +140,15 @@ def test_repeated_rows_are_unrolled() -> None:
     assert parse_description({**description, "backbone": repeated}) == once
 
 
+@pytest.mark.parametrize("repeats", [[10**12], [10**12, -(10**12)]])
+def test_rows_repeated_without_end_are_refused(repeats: list[int]) -> None:
+    description = describe(VARIANTS["hadaptive_net_nano"])
+    for row, count in zip(description["backbone"], repeats, strict=False):
+        row[1] = count
+    with pytest.raises(ValueError, match="more than 1000 parts"):
+        parse_description(description)
+
+
 def _runs(rows: list[Any]) -> list[list[Any]]:
     runs: list[list[Any]] = []
     for row in rows:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_model
+from safetensors.torch import load_model, save
 from torch import Tensor
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
@@ -202,6 +202,18 @@ def quantizer_of(graph: GraphModule, name: str) -> ActivationFakeQuantize:
     (found,) = {graph.get_submodule(str(user.target)) for user in node.users if user.op == "call_module"}
     assert isinstance(found, ActivationFakeQuantize)
     return found
+
+
+def saved(calibrated: Calibrated) -> bytes:
+    """Return the state of a calibrated graph as safetensors for `restore`; the same state gives the same bytes.
+
+    Tensors that share a fake-quantizer are in it once, by their first name.
+    """
+    # Not the library's save_model: it notes the other names down, in an order of its own every time.
+    first: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in sorted(calibrated.graph.state_dict().items()):
+        first.setdefault(tensor.data_ptr(), (name, tensor))
+    return save({name: tensor.contiguous() for name, tensor in first.values()})
 
 
 @torch.no_grad()
