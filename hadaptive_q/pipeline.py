@@ -10,7 +10,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,15 +19,13 @@ from torch.fx import GraphModule
 
 from hadaptive_q import atomic
 from hadaptive_q.data.calibration import Manifest, batches, find_manifest, resolve
-from hadaptive_q.data.datasets import ImageData, digest
+from hadaptive_q.data.datasets import ImageData
 from hadaptive_q.data.sources import open_data
-from hadaptive_q.data.transforms import normalise
 from hadaptive_q.errors import UserError
-from hadaptive_q.lower.cpu_features import wanted_arm_features
-from hadaptive_q.lower.executorch import Lowered, lower
-from hadaptive_q.lower.file_formats import FORMATS, ModelFile, find_formats, open_file
-from hadaptive_q.lower.parity import agreement, compare, output_scale, sqnr_db, top1, topk
+from hadaptive_q.lower.executorch import lower
+from hadaptive_q.lower.file_formats import FORMATS, ModelFile, find_formats
 from hadaptive_q.lower.runtime import PteFile
+from hadaptive_q.measurement import Answers, FloatModel, find_answers, measure_run
 from hadaptive_q.models.checkpoint import load_model, read_training_key, save_model
 from hadaptive_q.models.config import VARIANTS, Preprocess
 from hadaptive_q.models.hadaptive_net import HadaptiveNet, create_model
@@ -38,14 +36,11 @@ from hadaptive_q.quant.backends.select import Backend, find_backend
 from hadaptive_q.quant.backends.torchao_pt2e import Calibrated
 from hadaptive_q.quant.damping import oscillation_damping
 from hadaptive_q.quant.gptq import round_with_feedback
-from hadaptive_q.quant.interpreter import IntegerProgram
 from hadaptive_q.quant.plan import make_plan
 from hadaptive_q.quant.program import QuantizedProgram, export_graph
 from hadaptive_q.recipe import Recipe
-from hadaptive_q.report import measure
-from hadaptive_q.report.answers import record_answers
 from hadaptive_q.report.passport import drop_passport
-from hadaptive_q.report.record import Accuracy, CoverageRecord, InputRecord, ParityRecord, Report, Size, versions
+from hadaptive_q.report.record import Report
 from hadaptive_q.report.render import write_report_pages
 from hadaptive_q.rewrite.deploy import deploy_graph
 from hadaptive_q.rewrite.drop_no_ops import drop_no_ops
@@ -54,27 +49,7 @@ from hadaptive_q.train.loop import Training, discard_state, predict, train
 from hadaptive_q.train.losses import fit_loss, float_loss
 from hadaptive_q.train.observe import ObservedGraph, ObservedModel
 
-LAYER_SAMPLES = 256
 QAT_STATE = "qat.state"
-
-
-@dataclass(frozen=True)
-class FloatModel:
-    """A trained float network and its logits over the validation split."""
-
-    model: HadaptiveNet
-    logits: Tensor
-    labels: Tensor
-
-
-@dataclass(frozen=True)
-class Answers:
-    """Logits over the validation split, by form; `onnx` where `model.onnx` was written."""
-
-    quantized: Tensor
-    pte: Tensor
-    float_pte: Tensor
-    onnx: Tensor | None
 
 
 def train_float(recipe: Recipe, out: Path, checkpoint: Path | None = None) -> tuple[ImageData, FloatModel]:
@@ -143,8 +118,8 @@ def _quantize(recipe: Recipe, out: Path, checkpoint: Path | None, to: Sequence[s
         if name != "pte":
             write_checked(out / f"model.{name}", format_.lower(program), format_.open, data)
 
-    answers = _answers(out, data, program)
-    report = _measure(recipe, out, data, reference, model, manifest, program, deploy, quantized_pte, answers)
+    answers = find_answers(out, data, program)
+    report = measure_run(recipe, out, data, reference, model, manifest, program, deploy, quantized_pte, answers)
     origin = Origin(recipe, report.model, data.preprocess, reference.labels, manifest.digest)
     _write_passports(out, origin, program, answers)
     (out / "explain.json").unlink(missing_ok=True)  # of an earlier run in this folder
@@ -302,100 +277,9 @@ def write_checked(path: Path, content: bytes, opened: Callable[[Path], ModelFile
     atomic.write_with(path, write)
 
 
-def _measure(
-    recipe: Recipe,
-    out: Path,
-    data: ImageData,
-    reference: FloatModel,
-    deployed: HadaptiveNet,
-    manifest: Manifest,
-    program: QuantizedProgram,
-    deploy: GraphModule,
-    lowered: Lowered,
-    answers: Answers,
-) -> Report:
-    labels = reference.labels
-    quantized, shipped, onnx = answers.quantized, answers.pte, answers.onnx
-    file, float_file = PteFile(out / "model.pte"), PteFile(out / "float.pte")
-    scale = output_scale(program.graph)
-    parity = compare(quantized, shipped, scale)
-    onnx_parity = {} if onnx is None else asdict(compare(quantized, onnx, scale))
-    integers, _ = predict(IntegerProgram(program), data.val, program.preprocess)
-    static = recipe.quantize.selection == "static"
-    frozen = predict(deployed.eval(), data.val, program.preprocess)[0] if static else None
-    images = torch.stack([data.val[i][0] for i in spread(len(data.val), LAYER_SAMPLES)])
-    inputs = normalise(images, program.preprocess)
-    overlap = measure.train_eval_overlap(reference.model, normalise(images, data.preprocess))
-    return Report(
-        model=reference.model.config.name,
-        recipe=recipe.name,
-        recipe_digest=recipe.digest(),
-        calibration_digest=manifest.digest or "",
-        data=data.name,
-        seed=recipe.seed,
-        settings=recipe.model_dump(mode="json"),
-        versions=versions(recipe.quantize.backend, *(() if onnx is None else FORMATS["onnx"].packages)),
-        accuracy=Accuracy(
-            samples=len(labels),
-            float_top1=top1(reference.logits, labels),
-            quantized_top1=top1(quantized, labels),
-            pte_top1=top1(shipped, labels),
-            onnx_top1=None if onnx is None else top1(onnx, labels),
-            float_top5=topk(reference.logits, labels, 5),
-            pte_top5=topk(shipped, labels, 5),
-        ),
-        answers=record_answers(
-            digest(data.val, range(len(labels))),
-            labels.tolist(),
-            *(logits.argmax(dim=1) == labels for logits in (reference.logits, shipped)),
-        ),
-        size=Size(
-            float_pte_bytes=(out / "float.pte").stat().st_size,
-            pte_bytes=len(lowered.data),
-            pte_deflated_bytes=measure.deflated_bytes(lowered.data),
-            onnx_bytes=None if onnx is None else (out / "model.onnx").stat().st_size,
-        ),
-        parity=ParityRecord(
-            top1_agreement=parity.top1_agreement,
-            changed_fraction=parity.changed_fraction,
-            max_codes=parity.max_codes,
-            sqnr_db=parity.sqnr_db,
-            integer_identical=float((integers == shipped).all(dim=1).double().mean()),
-            float_agreement=agreement(reference.logits, shipped),
-            float_sqnr_db=sqnr_db(reference.logits, shipped),
-            frozen_agreement=None if frozen is None else agreement(frozen, shipped),
-            frozen_sqnr_db=None if frozen is None else sqnr_db(frozen, shipped),
-            **{f"onnx_{key}": value for key, value in onnx_parity.items()},
-        ),
-        coverage=CoverageRecord(
-            **asdict(lowered.coverage), wanted_arm_features=list(wanted_arm_features(lowered.data))
-        ),
-        input=InputRecord(dtype=file.input.dtype, shape=list(file.input.shape)),
-        ach=measure.measure_ach(deploy, program, inputs, overlap),
-        layers=measure.measure_layers(deploy, program, inputs),
-        weights=measure.measure_weights(deploy, program),
-        latency=measure.measure_latency(file, float_file, images[:1], data.preprocess),
-    )
-
-
-def _answers(out: Path, data: ImageData, program: QuantizedProgram) -> Answers:
-    onnx = out / "model.onnx"
-    return Answers(
-        quantized=predict(program.graph, data.val, program.preprocess)[0],
-        pte=PteFile(out / "model.pte").predict(data.val, data.preprocess),
-        float_pte=PteFile(out / "float.pte").predict(data.val, data.preprocess),
-        onnx=open_file(onnx).predict(data.val, data.preprocess) if onnx.is_file() else None,
-    )
-
-
 def _write_passports(out: Path, origin: Origin, program: QuantizedProgram, answers: Answers) -> None:
     origin.of_program(out / "quantized.safetensors", answers.quantized, program)
     origin.of_file(out / "float.pte", answers.float_pte)
     origin.of_file(out / "model.pte", answers.pte, program)
     if answers.onnx is not None:
         origin.of_file(out / "model.onnx", answers.onnx, program)
-
-
-def spread(length: int, count: int) -> list[int]:
-    """Return at most `count` indices spread evenly over ``range(length)``: splits are often sorted by class."""
-    return [i * length // min(length, count) for i in range(min(length, count))]

@@ -27,7 +27,7 @@ LAYERS = [
     ["significance"],
     ["baseline"],
     ["changes"],
-    ["regress", "passports"],
+    ["regress", "passports", "measurement"],
     ["pipeline", "evaluate", "bench", "restore", "explain", "export", "search", "verify"],
     ["cli", "pytest_plugin", "__main__", "__init__"],
 ]
