@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -46,10 +47,11 @@ from hadaptive_q.report.render import write_report_pages
 from hadaptive_q.rewrite.deploy import deploy_graph
 from hadaptive_q.rewrite.drop_no_ops import drop_no_ops
 from hadaptive_q.rewrite.freeze_selection import freeze_selection
-from hadaptive_q.train.loop import Training, discard_state, predict, train
+from hadaptive_q.train.loop import Training, check_tensorboard, discard_state, predict, train
 from hadaptive_q.train.losses import fit_loss, float_loss
 from hadaptive_q.train.observe import ObservedGraph, ObservedModel
 
+log = logging.getLogger(__name__)
 LAYER_SAMPLES = 256
 
 
@@ -62,14 +64,18 @@ class FloatModel:
     labels: Tensor
 
 
-def train_float(recipe: Recipe, out: Path, checkpoint: Path | None = None) -> tuple[ImageData, FloatModel]:
+def train_float(
+    recipe: Recipe, out: Path, checkpoint: Path | None = None, tensorboard: Path | None = None
+) -> tuple[ImageData, FloatModel]:
     """Open the data and return the float model: from `checkpoint`, from a finished run in `out`, or trained now.
 
+    A training logs its steps into the folder `tensorboard`.
     Raises UserError where the checkpoint and the data do not fit.
     """
+    check_tensorboard(tensorboard)
     given = load_model(checkpoint) if checkpoint else None
     data = open_data_for(recipe, given)
-    model = given or _trained(recipe, data, out)
+    model = given or _trained(recipe, data, out, tensorboard)
     if given:
         model.preprocess = data.preprocess
         save_model(model, out / "float.safetensors")
@@ -77,15 +83,23 @@ def train_float(recipe: Recipe, out: Path, checkpoint: Path | None = None) -> tu
     return data, FloatModel(model, logits, labels)
 
 
-def quantize(recipe: Recipe, out: Path, checkpoint: Path | None = None, to: Sequence[str] = ("pte",)) -> Report:
+def quantize(
+    recipe: Recipe,
+    out: Path,
+    checkpoint: Path | None = None,
+    to: Sequence[str] = ("pte",),
+    tensorboard: Path | None = None,
+) -> Report:
     """Run a ``ptq`` or ``qat`` recipe into the folder `out` and return its report.
 
     `out` gets `model.pte`, `float.pte`, the checkpoints, the resolved recipe and calibration, and the report; and
-    `model.FORMAT` for what else `to` names. Each file appears whole; the report is the last.
+    `model.FORMAT` for what else `to` names. Each file appears whole; the report is the last. Trainings log their steps
+    into the folder `tensorboard`.
     """
+    check_tensorboard(tensorboard)
     others = {name: format_ for name, format_ in find_formats(to).items() if name != "pte"}
     atomic.output_folder(out)
-    data, reference = train_float(recipe, out, checkpoint)
+    data, reference = train_float(recipe, out, checkpoint, tensorboard)
     manifest = resolve(find_manifest(recipe.calibration.manifest, data), data)
     atomic.write_text(out / "recipe.yaml", recipe.to_yaml())
     atomic.write_text(out / "calibration.yaml", manifest.to_yaml())
@@ -95,12 +109,13 @@ def quantize(recipe: Recipe, out: Path, checkpoint: Path | None = None, to: Sequ
     if recipe.quantize.selection == "static":
         chosen = freeze_selection(model, batches(manifest, seen, recipe.calibration.batch_size))
         atomic.write_text(out / "selection.json", json.dumps(chosen) + "\n")
-    program = quantized_program(recipe, model, seen, manifest, out, teacher)
+    program = quantized_program(recipe, model, seen, manifest, out, teacher, tensorboard)
     deploy = deploy_graph(model, data.preprocess.image_size)
 
     # The float file is the network as trained: its selection is not frozen, and it takes normalised images.
     float_graph = deploy_graph(reference.model, data.preprocess.image_size)
     drop_no_ops(float_graph)
+    log.info("lowering")
     float_pte = lower(export_graph(float_graph, data.preprocess.image_size))
     quantized_pte = lower(program.export())
     write_checked(out / "float.pte", float_pte.data, PteFile, data)
@@ -110,6 +125,7 @@ def quantize(recipe: Recipe, out: Path, checkpoint: Path | None = None, to: Sequ
     for name, format_ in others.items():
         write_checked(out / f"model.{name}", format_.lower(program), format_.open, data)
 
+    log.info("running the files over %d validation images", len(data.val))
     report = _measure(recipe, out, data, reference, model, manifest, program, deploy, quantized_pte)
     (out / "explain.json").unlink(missing_ok=True)  # of an earlier run in this folder
     write_report_pages(report, out)
@@ -118,13 +134,21 @@ def quantize(recipe: Recipe, out: Path, checkpoint: Path | None = None, to: Sequ
 
 
 def quantized_program(
-    recipe: Recipe, model: HadaptiveNet, data: ImageData, manifest: Manifest, out: Path, teacher: HadaptiveNet
+    recipe: Recipe,
+    model: HadaptiveNet,
+    data: ImageData,
+    manifest: Manifest,
+    out: Path,
+    teacher: HadaptiveNet,
+    tensorboard: Path | None = None,
 ) -> QuantizedProgram:
     """Prepare, calibrate, fit where the recipe trains, and convert `model`; `teacher` is the network as trained."""
     prepared = prepare(recipe, deploy_graph(model, data.preprocess.image_size))
+    log.info("calibrating on %d images", len(manifest.indices or ()))
     calibrated = backend.calibrate(prepared, batches(manifest, data, recipe.calibration.batch_size))
     if recipe.fit:
-        _fit(recipe, calibrated, teacher, data, manifest, out)
+        log.info("training under quantization: %d epochs", recipe.fit.epochs)
+        _fit(recipe, calibrated, teacher, data, manifest, out, tensorboard)
     # save_model, not save_file: tensors that share a scale share one fake-quantizer.
     atomic.write_with(out / "quantized.safetensors", lambda path: save_tensors(calibrated.graph, str(path)))
     return backend.convert(calibrated, data.preprocess, recipe.quantize.input)
@@ -143,7 +167,13 @@ def prepare(recipe: Recipe, graph: GraphModule) -> backend.Prepared:
 
 
 def _fit(
-    recipe: Recipe, calibrated: Calibrated, teacher: HadaptiveNet, data: ImageData, manifest: Manifest, out: Path
+    recipe: Recipe,
+    calibrated: Calibrated,
+    teacher: HadaptiveNet,
+    data: ImageData,
+    manifest: Manifest,
+    out: Path,
+    tensorboard: Path | None,
 ) -> None:
     fit = recipe.fit
     assert fit is not None
@@ -167,6 +197,7 @@ def _fit(
             oscillation_damping(calibrated.graph, fit.damping) if fit.damping else None,
         ),
         on_epoch=on_epoch,
+        tensorboard=tensorboard,
     )
     train(ObservedGraph(calibrated.graph, teacher.config.slot_order), data, training)
     backend.end_fit(calibrated)
@@ -201,19 +232,21 @@ def _few(classes: tuple[str, ...]) -> str:
     return ", ".join(classes[:3]) + (", ..." if len(classes) > 3 else "")
 
 
-def _trained(recipe: Recipe, data: ImageData, out: Path) -> HadaptiveNet:
+def _trained(recipe: Recipe, data: ImageData, out: Path, tensorboard: Path | None) -> HadaptiveNet:
     atomic.output_folder(out)
     target = out / "float.safetensors"
     parts = [recipe.model, recipe.slot_order, recipe.data, recipe.seed, recipe.float.model_dump(mode="json")]
     key = hashlib.sha256(json.dumps([*parts, data.preprocess.model_dump(mode="json")]).encode()).hexdigest()
     if read_training_key(target) == key:
+        log.info("%s is of this very training: kept", target)
         return load_model(target)
+    log.info("training %s: %d epochs of %d images", recipe.model, recipe.float.epochs, len(data.train))
     torch.manual_seed(recipe.seed)
     model = create_model(recipe.model, data.num_classes, slot_order=recipe.slot_order)
     model.preprocess = data.preprocess
     student = ObservedModel(model)
     loss = float_loss(recipe.float, student)
-    training = Training(recipe.float, recipe.seed, "float", out / "float.state", key, loss)
+    training = Training(recipe.float, recipe.seed, "float", out / "float.state", key, loss, tensorboard=tensorboard)
     train(student.train(), data, training)
     save_model(model, target, key)
     discard_state(training)
@@ -239,6 +272,7 @@ def write_checked(path: Path, content: bytes, opened: Callable[[Path], ModelFile
             raise RuntimeError(f"{path.name}: the lowered file answers {tuple(logits.shape)} with non-finite values")
 
     atomic.write_with(path, write)
+    log.info("%s: %d bytes", path, len(content))
 
 
 def _measure(

@@ -25,7 +25,8 @@ LAYERS = [
     ["lower"],
     ["report"],
     ["regress"],
-    ["pipeline", "evaluate", "bench", "restore", "explain", "export", "search"],
+    ["pipeline", "evaluate", "bench", "restore", "explain", "export", "search", "trial"],
+    ["doctor", "examples", "options", "progress"],
     ["cli", "__main__", "__init__"],
 ]
 FENCES = {
@@ -42,7 +43,7 @@ FENCES = {
     "onnx": {"lower/onnx.py"},
     "onnxruntime": {"lower/onnx.py"},
     "matplotlib": {"report/plots.py", "data/glyphs.py"},
-    "typer": {"cli.py"},
+    "typer": {"cli.py", "options.py"},
     "datasets": {"data/hub.py"},
     "kornia": {"data/transforms.py"},
     "accelerate": {"train/loop.py"},
