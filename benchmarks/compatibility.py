@@ -24,7 +24,7 @@ from rows import ROOT, Row, markdown, read_results, write_results, write_table
 
 CORE = "cortex-a76"
 # The versions of what decides a file. pip takes the newest of each that fits the names given here.
-SETS = tuple({"executorch": version, "torch": "2.13.*", "torchao": "0.18.*"} for version in ("1.5.1", "1.5.0", "1.4.1"))
+SETS = tuple({"executorch": version, "torch": "2.13.*", "torchao": "0.18.*"} for version in ("1.5.1", "1.4.1"))
 PAGE = ROOT / "docs" / "compatibility.md"
 _VERSIONS = "import importlib.metadata as m, json; print(json.dumps({n: m.version(n) for n in %r}))"
 
@@ -48,7 +48,7 @@ def measure(folder: Path) -> list[Row]:
     rows = []
     for files, by in zip(written, installed, strict=True):
         for python, in_ in zip(pythons, installed, strict=True):
-            found = run(python, files) if isinstance(files, Path) else [{"refused": files}]
+            found = run(python, files) if isinstance(files, Path) else [_refused(files)]
             rows += [{"written_by": by, "run_in": in_, **row} for row in found]
             print(by["executorch"], "in", in_["executorch"], json.dumps(found), file=sys.stderr, flush=True)
     return rows
@@ -63,7 +63,7 @@ def environment(folder: Path, versions: dict[str, str]) -> Path:
         others = [one for one in wanted if re.split(r"[^\w-]", one)[0] not in versions]
         subprocess.run([sys.executable, "-m", "venv", home], check=True)
         pinned = [f"{name}=={version}" for name, version in versions.items()]
-        _output(python, "-m", "pip", "install", "--quiet", *pinned, *others)
+        _output(python, "-m", "pip", "install", "--quiet", "--no-compile", *pinned, *others)
         # Its own pins may forbid the set: whether they should is the question.
         _output(python, "-m", "pip", "install", "--quiet", "--no-deps", str(ROOT))
         (home / "finished").touch()
@@ -90,10 +90,12 @@ def run(python: Path, files: Path) -> list[Row]:
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode:
         said = (done.stderr.strip().splitlines() or [""])[-1]
-        found.append(
-            {"file": "the next one", "core": "", "refused": f"the process ends with {done.returncode}: {said}"}
-        )
+        found.append(_refused(f"the process ends with {done.returncode}: {said}"))
     return found
+
+
+def _refused(why: str) -> Row:
+    return {"file": "what is not named here", "core": "", "refused": why}
 
 
 def _output(python: Path, *arguments: str) -> str:
@@ -109,24 +111,25 @@ def _environment() -> dict[str, str]:
 def own_table(rows: list[Row]) -> str:
     """Return the sets, and how their own files do in them."""
     lines = []
-    for row in (row for row in rows if row["written_by"] == row["run_in"]):
-        key = tuple(row["run_in"][name] for name in SETS[0])
-        if key not in [line[0] for line in lines]:
-            own = [r for r in rows if r["written_by"] == r["run_in"] == row["run_in"]]
-            lines.append((key, *(_result([r for r in own if r.get("core") == core]) for core in ("", CORE))))
-    return markdown((*SETS[0], "this machine", CORE), [(*key, *results) for key, *results in lines])
+    for versions in _sets(rows):
+        own = [row for row in rows if row["written_by"] == row["run_in"] == versions]
+        results = [_result([row for row in own if row["core"] == core]) for core in ("", CORE)]
+        lines.append((*(versions[name] for name in SETS[0]), *results))
+    return markdown((*SETS[0], "this machine", CORE), lines)
 
 
 def crossed_table(rows: list[Row]) -> str:
-    """Return what the files of one ExecuTorch do in the runtime of another."""
-    versions = list(dict.fromkeys(row["run_in"]["executorch"] for row in rows))
-    lines = []
-    for by in versions:
-        pairs = [
-            [r for r in rows if (r["written_by"]["executorch"], r["run_in"]["executorch"]) == (by, v)] for v in versions
-        ]
-        lines.append((f"written by {by}", *map(_result, pairs)))
-    return markdown(("", *(f"in {version}" for version in versions)), lines)
+    """Return what the files of one set do in the runtime of another."""
+    sets, lines = _sets(rows), []
+    for by in sets:
+        of_it = [row for row in rows if row["written_by"] == by]
+        cells = [_result([row for row in of_it if row["run_in"] == in_]) for in_ in sets]
+        lines.append((f"written by {by['executorch']}", *cells))
+    return markdown(("", *(f"run by {versions['executorch']}" for versions in sets)), lines)
+
+
+def _sets(rows: list[Row]) -> list[dict[str, str]]:
+    return list({tuple(row["run_in"].values()): row["run_in"] for row in rows}.values())
 
 
 def _result(rows: list[Row]) -> str:

@@ -20,9 +20,10 @@ from torch import Tensor
 from hadaptive_q.arm.count import run_on
 from hadaptive_q.data.transforms import normalise
 from hadaptive_q.errors import UserError
+from hadaptive_q.lower.executorch import lower
 from hadaptive_q.lower.runtime import PteFile
-from hadaptive_q.models.hadaptive_net import HadaptiveNet
 from hadaptive_q.quant.interpreter import IntegerProgram
+from hadaptive_q.quant.program import QuantizedProgram
 
 MODEL, IMAGE_SIZE, IMAGES = "hadaptive_net_nano", 32, 16
 # A float file adds in another order than torch: a few dozen roundings of 6e-8.
@@ -50,22 +51,19 @@ def write(folder: Path) -> None:
     """Write every form of the nano network, `FORM.pte`, and beside it images and the logits its program gives them."""
     model, inputs = random_model(MODEL, IMAGE_SIZE)
     images = torch.randint(0, 256, (IMAGES, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=torch.uint8)
-    for form in ("float", *QUANTIZED):
-        with torch.no_grad():
-            logits = answers(form, model, inputs, images)
+    with torch.no_grad():
+        answers = {"float": (model(normalise(images, PREPROCESS)), make_file("float", model, inputs))}
+    answers |= {form: quantized(make_program(form, model, inputs), images) for form in QUANTIZED}
+    for form, (logits, file) in answers.items():
         path = folder / f"{form}.pte"
-        path.write_bytes(make_file(form, model, inputs))
+        path.write_bytes(file)
         save_file({"images": images, "logits": logits}, path.with_suffix(".safetensors"))
 
 
-def answers(form: str, model: HadaptiveNet, inputs: Tensor, images: Tensor) -> Tensor:
-    """Return logits: of the integer interpreter, or of torch where the file computes in float."""
-    if form == "float":
-        result: Tensor = model(normalise(images, PREPROCESS))
-        return result
-    program = make_program(form, model, inputs)
+def quantized(program: QuantizedProgram, images: Tensor) -> tuple[Tensor, bytes]:
+    """Return the logits of the integer interpreter and the file."""
     seen = PREPROCESS if program.input == "float32" else PREPROCESS.unnormalised
-    return IntegerProgram(program)(normalise(images, seen))
+    return IntegerProgram(program)(normalise(images, seen)), lower(program.export()).data
 
 
 def run(path: Path, core: str) -> dict[str, int | str]:

@@ -93,8 +93,8 @@ def train(model: nn.Module, data: ImageData, training: Training) -> nn.Module:
                 if training.tensorboard:
                     figures = {
                         "loss": loss.item(),
-                        "learning_rate": scheduler.get_last_lr()[0],
-                        "gradient": float(norm),
+                        "learning_rate": optimizer.param_groups[0]["lr"],
+                        "gradient_norm": float(norm),
                     }
                     accelerator.log(figures, step=epoch * batches + index)
                 optimizer.step()
