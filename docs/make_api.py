@@ -25,6 +25,7 @@ ENTRY_POINTS = {
     "search": ("Goal", "search"),
     "export": ("export_run",),
     "restore": ("open_run",),
+    "verify": ("verify",),
     "regress": ("check_budgets", "figures"),
     "report.record": ("read_report", "Report"),
     "data.sources": ("open_data",),

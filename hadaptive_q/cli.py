@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -220,6 +219,24 @@ def check(
 
 
 @app.command()
+def verify(
+    path: Annotated[Path, typer.Argument(help="A file with its passport beside it, or the folder of a run.")],
+    as_json: given.AsJson = False,
+) -> None:
+    """Hold files against their passports: the same bytes, the same answers; exit code 1 where one is not itself."""
+    from hadaptive_q.verify import verify as verify_files
+
+    verdicts = verify_files(path)
+    if as_json:
+        typer.echo(json.dumps(verdicts))
+    else:
+        for verdict in verdicts:
+            typer.echo(f"{verdict['file']}: {'; '.join([*verdict['problems'], *verdict['notes']])}")
+    if any(verdict["problems"] for verdict in verdicts):
+        raise typer.Exit(1)
+
+
+@app.command()
 def explain(
     run: Annotated[Path, typer.Argument(help="The folder of a finished qat or ptq run.")],
     layer: Annotated[list[str] | None, typer.Option(help="Only this module and what is inside it, repeatable.")] = None,
@@ -262,7 +279,7 @@ def search(
     if (target_size is None) == (max_drop is None):
         got = "neither" if target_size is None else "both"
         raise UserError("--target-size and --max-drop", got, "one of them", "such as --target-size 1.4MB")
-    target = None if target_size is None else _bytes(target_size)
+    target = None if target_size is None else given.parse_size(target_size)
     finished = (start / "recipe.yaml").is_file()
     base = recipe or (str(start / "recipe.yaml") if finished else "int4_ptq")
     task = load_recipe(base).task
@@ -279,14 +296,6 @@ def search(
         return
     typer.echo(search_listing(record))
     typer.echo(f"recipe: {recipe_file(resolved, folder)}; plot: {folder / 'search.png'}")
-
-
-def _bytes(text: str) -> int:
-    """Return the number of bytes that `text` means, with decimal prefixes."""
-    found = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*([kMG]?)B?", text.strip())
-    if not found or not float(found[1]):
-        raise UserError(f"--target-size {text}", "no size", "a number of bytes, with kB or MB behind it", "1.4MB")
-    return int(float(found[1]) * 1000 ** " kMG".index(found[2] or " ") + 0.5)
 
 
 @app.command()

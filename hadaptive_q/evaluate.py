@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import torch
+from torch import Tensor
 
+from hadaptive_q.data.datasets import ImageData, labels_of
 from hadaptive_q.data.sources import open_data
 from hadaptive_q.errors import UserError
-from hadaptive_q.lower.file_formats import FORMATS, open_file
+from hadaptive_q.lower.file_formats import FORMATS, find_formats, open_file
+from hadaptive_q.lower.isolated import isolated
 from hadaptive_q.lower.parity import top1, topk
 from hadaptive_q.models.checkpoint import load_model
 from hadaptive_q.models.config import Preprocess
@@ -19,22 +21,31 @@ from hadaptive_q.train.loop import predict
 def evaluate_file(file: Path, data_name: str) -> dict[str, float | int | str]:
     """Return `top1` and `top5` in percent and `samples`, over the validation split of `data_name`.
 
-    A `.pte` runs in the ExecuTorch runtime, an `.onnx` in onnxruntime, on images as they are where it takes bytes, and
-    otherwise prepared as `float.json` beside it says or as the data is by default.
+    A `.pte` runs in the ExecuTorch runtime, an `.onnx` in onnxruntime, each in a process of its own; on images as they
+    are where it takes bytes, and otherwise prepared as `float.json` beside it says or as the data is by default.
     Raises UserError where the file's classes or image size do not fit the data.
     """
     if file.suffix.removeprefix(".") in FORMATS:
-        written = open_file(file)
-        data = open_data(data_name, written.input.image_size)
-        preprocess = _beside(file) or data.preprocess
-        logits = written.predict(data.val, preprocess)
-        labels = torch.tensor([data.val[i][1] for i in range(len(data.val))])
-    else:
-        model = load_model(file)
-        data = open_data(data_name, model.preprocess.image_size if model.preprocess else None)
-        logits, labels = predict(model, data.val, model.preprocess or data.preprocess)
+        find_formats([file.suffix.removeprefix(".")])
+        return isolated(evaluate_written, f"file {file}", str(file), data_name)
+    model = load_model(file)
+    data = open_data(data_name, model.preprocess.image_size if model.preprocess else None)
+    logits, labels = predict(model, data.val, model.preprocess or data.preprocess)
+    return _result(file, logits, labels, data)
+
+
+def evaluate_written(name: str, data_name: str) -> dict[str, float | int | str]:
+    """Do the work of `evaluate_file` for the `.pte` or `.onnx` called `name` in this very process."""
+    file = Path(name)
+    written = open_file(file)
+    data = open_data(data_name, written.input.image_size)
+    logits = written.predict(data.val, _beside(file) or data.preprocess)
+    return _result(file, logits, labels_of(data.val), data)
+
+
+def _result(file: Path, logits: Tensor, labels: Tensor, data: ImageData) -> dict[str, float | int | str]:
     if logits.shape[1] != data.num_classes:
-        raise UserError(str(file), f"{logits.shape[1]} classes", f"{data.num_classes}, as --data {data_name} has")
+        raise UserError(str(file), f"{logits.shape[1]} classes", f"{data.num_classes}, as --data {data.name} has")
     return {"file": str(file), "top1": top1(logits, labels), "top5": topk(logits, labels, 5), "samples": len(labels)}
 
 

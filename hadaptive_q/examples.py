@@ -22,6 +22,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "bench runs/mine/model.pte --core cortex-a76 --operators",
     ),
     "check": ("check runs/mine --budget 'accuracy.drop <= 0.5' --budget 'coverage.delegates == 1'",),
+    "verify": ("verify runs/mine", "verify runs/mine/model.pte --json"),
     "explain": ("explain runs/mine", "explain runs/mine --layer blocks.3.expansion --samples 256"),
     "search": (
         "search runs/mine --target-size 1.6MB --out runs/mixed",

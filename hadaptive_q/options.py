@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, get_args
@@ -10,6 +11,7 @@ import typer
 from pydantic import BaseModel
 
 from hadaptive_q.arm.cores import CORES
+from hadaptive_q.errors import UserError
 from hadaptive_q.lower.file_formats import FORMATS
 from hadaptive_q.models.config import INPUTS, VARIANTS
 from hadaptive_q.recipe import Recipe, load_recipe, shipped
@@ -83,6 +85,14 @@ def _paths(incomplete: str, *suffixes: str) -> list[str]:
     folder, start = (typed, "") if incomplete.endswith("/") else (typed.parent, typed.name)
     found = sorted(path for path in folder.glob("*") if path.name.startswith(start))
     return [f"{path}/" if path.is_dir() else str(path) for path in found if path.is_dir() or path.suffix in suffixes]
+
+
+def parse_size(text: str) -> int:
+    """Return the number of bytes that `text` means, with decimal prefixes."""
+    found = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*([kMG]?)B?", text.strip())
+    if not found or not float(found[1]):
+        raise UserError(f"--target-size {text}", "no size", "a number of bytes, with kB or MB behind it", "1.4MB")
+    return int(float(found[1]) * 1000 ** " kMG".index(found[2] or " ") + 0.5)
 
 
 Data = Annotated[

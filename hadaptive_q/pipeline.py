@@ -31,9 +31,10 @@ from hadaptive_q.lower.file_formats import FORMATS, ModelFile, find_formats, ope
 from hadaptive_q.lower.parity import agreement, compare, output_scale, sqnr_db, top1, topk
 from hadaptive_q.lower.runtime import PteFile
 from hadaptive_q.models.checkpoint import load_model, read_training_key, save_model
-from hadaptive_q.models.config import VARIANTS
+from hadaptive_q.models.config import VARIANTS, Preprocess
 from hadaptive_q.models.hadaptive_net import HadaptiveNet, create_model
 from hadaptive_q.models.pixels import take_pixels
+from hadaptive_q.passports import Origin
 from hadaptive_q.quant.backends import torchao_pt2e as backend
 from hadaptive_q.quant.backends.torchao_pt2e import Calibrated
 from hadaptive_q.quant.damping import oscillation_damping
@@ -42,6 +43,7 @@ from hadaptive_q.quant.plan import make_plan
 from hadaptive_q.quant.program import QuantizedProgram, export_graph
 from hadaptive_q.recipe import Recipe
 from hadaptive_q.report import measure
+from hadaptive_q.report.passport import drop_passport
 from hadaptive_q.report.record import Accuracy, CoverageRecord, InputRecord, ParityRecord, Report, Size, versions
 from hadaptive_q.report.render import write_report_pages
 from hadaptive_q.rewrite.deploy import deploy_graph
@@ -64,6 +66,16 @@ class FloatModel:
     labels: Tensor
 
 
+@dataclass(frozen=True)
+class Answers:
+    """Logits over the validation split, by form; `onnx` where `model.onnx` was written."""
+
+    quantized: Tensor
+    pte: Tensor
+    float_pte: Tensor
+    onnx: Tensor | None
+
+
 def train_float(
     recipe: Recipe, out: Path, checkpoint: Path | None = None, tensorboard: Path | None = None
 ) -> tuple[ImageData, FloatModel]:
@@ -78,8 +90,11 @@ def train_float(
     model = given or _trained(recipe, data, out, tensorboard)
     if given:
         model.preprocess = data.preprocess
+        drop_passport(out / "float.safetensors")
         save_model(model, out / "float.safetensors")
     logits, labels = predict(model.eval(), data.val, data.preprocess)
+    origin = Origin(recipe, model.config.name, data.preprocess, labels)
+    origin.of_network(out / "float.safetensors", logits, model)
     return data, FloatModel(model, logits, labels)
 
 
@@ -104,7 +119,8 @@ def quantize(
     atomic.write_text(out / "recipe.yaml", recipe.to_yaml())
     atomic.write_text(out / "calibration.yaml", manifest.to_yaml())
 
-    seen, teacher = on_file_inputs(recipe, data, reference.model)
+    preprocess, teacher = on_file_inputs(recipe, data.preprocess, reference.model)
+    seen = replace(data, preprocess=preprocess)
     model = copy.deepcopy(teacher)
     if recipe.quantize.selection == "static":
         chosen = freeze_selection(model, batches(manifest, seen, recipe.calibration.batch_size))
@@ -121,12 +137,16 @@ def quantize(
     write_checked(out / "float.pte", float_pte.data, PteFile, data)
     write_checked(out / "model.pte", quantized_pte.data, PteFile, data)
     for name in FORMATS.keys() - {"pte"}:
+        drop_passport(out / f"model.{name}")
         (out / f"model.{name}").unlink(missing_ok=True)  # of an earlier run in this folder
     for name, format_ in others.items():
         write_checked(out / f"model.{name}", format_.lower(program), format_.open, data)
 
     log.info("running the files over %d validation images", len(data.val))
-    report = _measure(recipe, out, data, reference, model, manifest, program, deploy, quantized_pte)
+    answers = _answers(out, data, program)
+    report = _measure(recipe, out, data, reference, model, manifest, program, deploy, quantized_pte, answers)
+    origin = Origin(recipe, report.model, data.preprocess, reference.labels, manifest.digest)
+    _write_passports(out, origin, program, answers)
     (out / "explain.json").unlink(missing_ok=True)  # of an earlier run in this folder
     write_report_pages(report, out)
     report.write(out / "report.json")
@@ -149,16 +169,17 @@ def quantized_program(
     if recipe.fit:
         log.info("training under quantization: %d epochs", recipe.fit.epochs)
         _fit(recipe, calibrated, teacher, data, manifest, out, tensorboard)
+    drop_passport(out / "quantized.safetensors")
     # save_model, not save_file: tensors that share a scale share one fake-quantizer.
     atomic.write_with(out / "quantized.safetensors", lambda path: save_tensors(calibrated.graph, str(path)))
     return backend.convert(calibrated, data.preprocess, recipe.quantize.input)
 
 
-def on_file_inputs(recipe: Recipe, data: ImageData, model: HadaptiveNet) -> tuple[ImageData, HadaptiveNet]:
-    """Return `data` and `model` as the quantized program takes them: not normalised where the file takes bytes."""
+def on_file_inputs(recipe: Recipe, preprocess: Preprocess, model: HadaptiveNet) -> tuple[Preprocess, HadaptiveNet]:
+    """Return `preprocess` and `model` as the quantized program takes images: not normalised where it takes bytes."""
     if recipe.quantize.input == "float32":
-        return data, model
-    return replace(data, preprocess=data.preprocess.unnormalised), take_pixels(model, data.preprocess)
+        return preprocess, model
+    return preprocess.unnormalised, take_pixels(model, preprocess)
 
 
 def prepare(recipe: Recipe, graph: GraphModule) -> backend.Prepared:
@@ -248,6 +269,7 @@ def _trained(recipe: Recipe, data: ImageData, out: Path, tensorboard: Path | Non
     loss = float_loss(recipe.float, student)
     training = Training(recipe.float, recipe.seed, "float", out / "float.state", key, loss, tensorboard=tensorboard)
     train(student.train(), data, training)
+    drop_passport(target)
     save_model(model, target, key)
     discard_state(training)
     return model
@@ -271,6 +293,7 @@ def write_checked(path: Path, content: bytes, opened: Callable[[Path], ModelFile
         if logits.shape != (1, data.num_classes) or not logits.isfinite().all():
             raise RuntimeError(f"{path.name}: the lowered file answers {tuple(logits.shape)} with non-finite values")
 
+    drop_passport(path)
     atomic.write_with(path, write)
     log.info("%s: %d bytes", path, len(content))
 
@@ -285,14 +308,13 @@ def _measure(
     program: QuantizedProgram,
     deploy: GraphModule,
     lowered: Lowered,
+    answers: Answers,
 ) -> Report:
     labels = reference.labels
-    quantized, _ = predict(program.graph, data.val, program.preprocess)
+    quantized, shipped, onnx = answers.quantized, answers.pte, answers.onnx
     file, float_file = PteFile(out / "model.pte"), PteFile(out / "float.pte")
-    shipped = file.predict(data.val, data.preprocess)
     scale = output_scale(program.graph)
     parity = compare(quantized, shipped, scale)
-    onnx = _answers(out / "model.onnx", data)
     onnx_parity = {} if onnx is None else asdict(compare(quantized, onnx, scale))
     integers, _ = predict(IntegerProgram(program), data.val, program.preprocess)
     static = recipe.quantize.selection == "static"
@@ -345,9 +367,22 @@ def _measure(
     )
 
 
-def _answers(path: Path, data: ImageData) -> Tensor | None:
-    """Return the logits of the file at `path` over the validation split, or None where it was not asked for."""
-    return open_file(path).predict(data.val, data.preprocess) if path.is_file() else None
+def _answers(out: Path, data: ImageData, program: QuantizedProgram) -> Answers:
+    onnx = out / "model.onnx"
+    return Answers(
+        quantized=predict(program.graph, data.val, program.preprocess)[0],
+        pte=PteFile(out / "model.pte").predict(data.val, data.preprocess),
+        float_pte=PteFile(out / "float.pte").predict(data.val, data.preprocess),
+        onnx=open_file(onnx).predict(data.val, data.preprocess) if onnx.is_file() else None,
+    )
+
+
+def _write_passports(out: Path, origin: Origin, program: QuantizedProgram, answers: Answers) -> None:
+    origin.of_program(out / "quantized.safetensors", answers.quantized, program)
+    origin.of_file(out / "float.pte", answers.float_pte)
+    origin.of_file(out / "model.pte", answers.pte, program)
+    if answers.onnx is not None:
+        origin.of_file(out / "model.onnx", answers.onnx, program)
 
 
 def spread(length: int, count: int) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from hadaptive_q.data.calibration import read_manifest, resolve
 from hadaptive_q.data.datasets import ImageData
 from hadaptive_q.errors import UserError
 from hadaptive_q.models.checkpoint import load_model
+from hadaptive_q.models.config import Preprocess
 from hadaptive_q.models.hadaptive_net import HadaptiveNet
 from hadaptive_q.pipeline import on_file_inputs, open_data_for, prepare
 from hadaptive_q.quant.backends import torchao_pt2e as backend
@@ -22,8 +23,9 @@ from hadaptive_q.recipe import Recipe, parse_recipe, read_yaml
 from hadaptive_q.report.record import Report, read_report
 from hadaptive_q.rewrite.deploy import deploy_graph
 
+PROGRAM_FILES = ("recipe.yaml", "float.safetensors", "float.json", "quantized.safetensors")
 # The report is the last file a run writes.
-FILES = ("recipe.yaml", "calibration.yaml", "float.safetensors", "float.json", "quantized.safetensors", "report.json")
+FILES = (*PROGRAM_FILES, "calibration.yaml", "report.json")
 
 
 @dataclass(frozen=True)
@@ -52,17 +54,42 @@ def open_run(folder: Path) -> FinishedRun:
     Raises UserError where `folder` is not a finished run, a file of it is broken, or its data is not what it was.
     """
     _check_files(folder, FILES)
-    recipe = parse_recipe(read_yaml(folder / "recipe.yaml"), str(folder / "recipe.yaml"))
+    recipe = _recipe(folder)
     report = read_report(folder)
     model = load_model(folder / "float.safetensors")
     data = open_data_for(recipe, model)
     resolve(read_manifest(folder / "calibration.yaml"), data)  # raises where the data changed since
-    data, model = on_file_inputs(recipe, data, model)
+    preprocess, model, deploy, calibrated = _rebuild(folder, recipe, model, data.preprocess)
+    return FinishedRun(folder, recipe, report, replace(data, preprocess=preprocess), model, deploy, calibrated)
+
+
+def open_program(folder: Path) -> QuantizedProgram:
+    """Rebuild the quantized program of the run in `folder` without its data.
+
+    Raises UserError where a file it is made of is missing or broken.
+    """
+    _check_files(folder, PROGRAM_FILES)
+    recipe, model = _recipe(folder), load_model(folder / "float.safetensors")
+    if model.preprocess is None:
+        raise UserError(f"{folder / 'float.json'}, preprocess", "nothing", "how images are prepared", "run it again")
+    preprocess, _, _, calibrated = _rebuild(folder, recipe, model, model.preprocess)
+    return backend.convert(calibrated, preprocess, recipe.quantize.input)
+
+
+def _recipe(folder: Path) -> Recipe:
+    path = folder / "recipe.yaml"
+    return parse_recipe(read_yaml(path), str(path))
+
+
+def _rebuild(
+    folder: Path, recipe: Recipe, model: HadaptiveNet, preprocess: Preprocess
+) -> tuple[Preprocess, HadaptiveNet, GraphModule, backend.Calibrated]:
+    preprocess, model = on_file_inputs(recipe, preprocess, model)
     if recipe.quantize.selection == "static":
         _freeze(model, folder / "selection.json")
-    deploy = deploy_graph(model, data.preprocess.image_size)
+    deploy = deploy_graph(model, preprocess.image_size)
     calibrated = backend.restore(prepare(recipe, copy.deepcopy(deploy)), folder / "quantized.safetensors")
-    return FinishedRun(folder, recipe, report, data, model, deploy, calibrated)
+    return preprocess, model, deploy, calibrated
 
 
 def _check_files(folder: Path, names: tuple[str, ...]) -> None:

@@ -11,7 +11,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +182,8 @@ def _prepare(recipe: Recipe, model: HadaptiveNet, data: ImageData, manifest: Man
     variant = model.config.name if model.config.name in VARIANTS else recipe.model
     own = {"name": _mixed(recipe), "model": variant, "slot_order": model.config.slot_order}
     recipe = recipe.model_copy(update={**own, "quantize": bits})
-    data, model = on_file_inputs(recipe, data, model)
+    preprocess, model = on_file_inputs(recipe, data.preprocess, model)
+    data = replace(data, preprocess=preprocess)
     inputs = list(batches(manifest, data, recipe.calibration.batch_size))
     if recipe.quantize.selection == "static":
         freeze_selection(model, inputs)

@@ -20,6 +20,7 @@ from hadaptive_q import pipeline
 from hadaptive_q.data.datasets import ImageData, TensorSplit
 from hadaptive_q.data.sources import open_data
 from hadaptive_q.data.transforms import normalise
+from hadaptive_q.lower.executorch import Lowered, lower
 from hadaptive_q.models.ach import DySoft
 from hadaptive_q.models.checkpoint import save_model
 from hadaptive_q.models.config import InputName
@@ -154,6 +155,12 @@ def make_program(
     return make
 
 
+@pytest.fixture(scope="session")
+def make_file(make_program: Callable[[str], QuantizedProgram]) -> Callable[[str], Lowered]:
+    """Return a function that gives the file of `make_program(selection)`."""
+    return functools.cache(lambda selection: lower(make_program(selection).export()))
+
+
 @pytest.fixture
 def nano(make_nano: Callable[..., HadaptiveNet]) -> HadaptiveNet:
     """A nano network in eval mode; the test may change it."""
@@ -188,6 +195,12 @@ def make_byte_program(
         return backend.convert(backend.calibrate(prepared, [normalise(images, preprocess)]), preprocess, name)
 
     return made
+
+
+@pytest.fixture(scope="session")
+def make_byte_file(make_byte_program: Callable[[InputName], QuantizedProgram]) -> Callable[[InputName], Lowered]:
+    """Return a function that gives the file of `make_byte_program(name)`."""
+    return functools.cache(lambda name: lower(make_byte_program(name).export()))
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ LAYERS = [
     ["arm"],
     ["lower"],
     ["report"],
-    ["regress"],
-    ["pipeline", "evaluate", "bench", "restore", "explain", "export", "search", "trial"],
+    ["regress", "passports"],
+    ["pipeline", "evaluate", "bench", "restore", "explain", "export", "search", "trial", "verify"],
     ["doctor", "examples", "options", "progress"],
     ["cli", "__main__", "__init__"],
 ]
@@ -33,6 +33,7 @@ FENCES = {
     "executorch": {
         "lower/executorch.py",
         "lower/delegate.py",
+        "lower/idle_work.py",
         "lower/runtime.py",
         "lower/int8_tables.py",
         "lower/uint8_input.py",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -20,10 +21,10 @@ from PIL import Image
 
 from hadaptive_q import search
 from hadaptive_q.__main__ import main
-from hadaptive_q.cli import _bytes
 from hadaptive_q.lower.onnx import to_onnx
 from hadaptive_q.models.checkpoint import save_model
 from hadaptive_q.models.hadaptive_net import create_model
+from hadaptive_q.options import parse_size
 from hadaptive_q.recipe import load_recipe
 
 
@@ -378,4 +379,4 @@ def test_search_mistakes(arguments: list[str], words: list[str], tmp_path: Path)
     ("text", "size"), [("1.4MB", 1_400_000), ("900 kB", 900_000), ("123456", 123_456), (".5M", 500_000), ("7B", 7)]
 )
 def test_sizes(text: str, size: int) -> None:
-    assert _bytes(text) == size
+    assert parse_size(text) == size

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -61,6 +62,11 @@ class TensorSplit(Dataset[Item]):
 
     def identity(self, index: int) -> bytes:
         return self.identities[index]
+
+
+def labels_of(split: Split) -> Tensor:
+    """Return the labels of `split` in order, `(N,)`."""
+    return torch.tensor([split[index][1] for index in range(len(split))])
 
 
 def digest(split: Split, indices: Sequence[int]) -> str:

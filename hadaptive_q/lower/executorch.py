@@ -19,6 +19,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from hadaptive_q.lower.coverage import Coverage, measure_coverage
 from hadaptive_q.lower.delegate import Delegate, kept_graphs, write_delegate
+from hadaptive_q.lower.idle_work import without_idle_work
 from hadaptive_q.lower.int8_tables import TABLES
 from hadaptive_q.lower.pointwise_int4 import mark_four_bits
 from hadaptive_q.lower.quiet import quiet
@@ -50,7 +51,7 @@ def lower(program: ExportedProgram) -> Lowered:
         ]
         return PassResult(graph, True)
 
-    with quiet("executorch", "torch.export", "root"):
+    with quiet("executorch", "torch.export", "root"), without_idle_work():
         with kept_graphs() as graphs:
             edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner(configs=_CONFIGS)])
         manager: ExecutorchProgramManager = edge.transform([tidied]).to_executorch()

@@ -20,7 +20,7 @@ from torch.fx.graph import CodeGen
 
 from hadaptive_q.arm.cores import CORES
 from hadaptive_q.arm.count import run_on
-from hadaptive_q.lower.executorch import lower
+from hadaptive_q.lower.executorch import Lowered, lower
 from hadaptive_q.lower.parity import output_scale
 from hadaptive_q.lower.runtime import PteFile
 from hadaptive_q.models.config import Preprocess
@@ -51,8 +51,8 @@ def quantized(model: HadaptiveNet, inputs: Tensor) -> QuantizedProgram:
     return backend.convert(backend.calibrate(prepared, [inputs]), preprocess)
 
 
-def static_file(model: HadaptiveNet, inputs: Tensor, path: Path) -> Shipped:
-    path.write_bytes(lower(quantized(model, inputs).export()).data)
+def static_file(lowered: Lowered, inputs: Tensor, path: Path) -> Shipped:
+    path.write_bytes(lowered.data)
     file = PteFile(path)
     return Shipped(path, inputs, torch.cat([file(image[None]) for image in inputs]))
 
@@ -68,16 +68,17 @@ def small_s(count: int) -> tuple[HadaptiveNet, Tensor]:
 
 @pytest.fixture(scope="module")
 def static_nano(
-    make_nano: Callable[..., HadaptiveNet], inputs: Tensor, tmp_path_factory: pytest.TempPathFactory
+    make_file: Callable[[str], Lowered], inputs: Tensor, tmp_path_factory: pytest.TempPathFactory
 ) -> Shipped:
-    return static_file(make_nano("static"), inputs, tmp_path_factory.mktemp("static") / "nano.pte")
+    return static_file(make_file("static"), inputs, tmp_path_factory.mktemp("static") / "nano.pte")
 
 
 @pytest.fixture(scope="module")
 def static_s(tmp_path_factory: pytest.TempPathFactory) -> Shipped:
     model, inputs = small_s(4)
     freeze_selection(model, [inputs])
-    return static_file(model, inputs, tmp_path_factory.mktemp("static") / "s.pte")
+    lowered = lower(quantized(model, inputs).export())
+    return static_file(lowered, inputs, tmp_path_factory.mktemp("static") / "s.pte")
 
 
 @pytest.mark.usefixtures("emulator")

@@ -8,18 +8,19 @@ import pytest
 import torch
 
 from hadaptive_q.lower.coverage import Coverage
-from hadaptive_q.lower.executorch import lower
+from hadaptive_q.lower.executorch import Lowered
 from hadaptive_q.quant.program import QuantizedProgram
 from hadaptive_q.rewrite.graph import calls, constant
 
 
 @pytest.fixture(scope="module", params=["rank", "static"])
 def covered(
-    request: pytest.FixtureRequest, make_program: Callable[[str], QuantizedProgram]
+    request: pytest.FixtureRequest,
+    make_program: Callable[[str], QuantizedProgram],
+    make_file: Callable[[str], Lowered],
 ) -> tuple[Coverage, QuantizedProgram, int]:
-    program = make_program(request.param)
-    lowered = lower(program.export())
-    return lowered.coverage, program, len(lowered.data)
+    lowered = make_file(request.param)
+    return lowered.coverage, make_program(request.param), len(lowered.data)
 
 
 def test_everything_runs_in_one_delegate(covered: tuple[Coverage, QuantizedProgram, int]) -> None:

@@ -21,12 +21,7 @@ from hadaptive_q.lower.file_input import FileInput
 from hadaptive_q.lower.onnx import OnnxFile, check_scales, onnx_scales, program_scales, to_onnx
 from hadaptive_q.lower.parity import compare, output_scale
 from hadaptive_q.models.config import InputName
-from hadaptive_q.models.hadaptive_net import HadaptiveNet
-from hadaptive_q.quant.backends import torchao_pt2e as backend
-from hadaptive_q.quant.plan import make_plan
 from hadaptive_q.quant.program import QuantizedProgram
-from hadaptive_q.recipe import QuantizeConfig
-from hadaptive_q.rewrite.deploy import deploy_graph
 
 SIZE = 32
 
@@ -47,15 +42,11 @@ class Written:
 @pytest.fixture(scope="module", params=["channel", "static"], ids=["dynamic", "static"])
 def written(
     request: pytest.FixtureRequest,
-    make_nano: Callable[..., HadaptiveNet],
-    few_digits: ImageData,
-    inputs: Tensor,
+    make_program: Callable[[str], QuantizedProgram],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Written:
     """A calibrated nano network, per-sample selection or frozen, as an ONNX file."""
-    graph = deploy_graph(make_nano(request.param), SIZE)
-    calibrated = backend.calibrate(backend.prepare(graph, make_plan(graph, QuantizeConfig()), "minmax"), [inputs])
-    program = backend.convert(calibrated, few_digits.preprocess)
+    program = make_program(request.param)
     data = to_onnx(program)
     path = tmp_path_factory.mktemp("onnx") / "model.onnx"
     path.write_bytes(data)

@@ -139,15 +139,15 @@ def test_biases_take_their_weights_scales() -> None:
 @pytest.mark.parametrize("selection", ["rank", "channel", "static"])
 def test_tidied_files_answer_bit_for_bit(
     make_program: Callable[[str], QuantizedProgram],
+    make_file: Callable[[str], lowering.Lowered],
     inputs: Tensor,
     selection: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    exported = make_program(selection).export()
-    tidied = lowering.lower(exported)
+    tidied = make_file(selection)
     monkeypatch.setattr(lowering, "tidy_delegate", lambda delegate: None)
-    plain = lowering.lower(exported)
+    plain = lowering.lower(make_program(selection).export())
 
     answers = []
     for name, lowered in (("tidied", tidied), ("plain", plain)):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hadaptive_q.data.datasets import ImageData
 from hadaptive_q.data.transforms import normalise
 from hadaptive_q.errors import UserError
-from hadaptive_q.lower.executorch import lower
+from hadaptive_q.lower.executorch import Lowered
 from hadaptive_q.lower.file_input import FileInput
 from hadaptive_q.lower.runtime import PteFile
 from hadaptive_q.lower.uint8_input import Uint8DequantizeConfig
@@ -28,11 +28,11 @@ def test_the_file_computes_the_programs_integers(
     name: InputName,
     shape: tuple[int, ...],
     make_byte_program: Callable[..., QuantizedProgram],
+    make_byte_file: Callable[..., Lowered],
     digits: ImageData,
     tmp_path: Path,
 ) -> None:
-    program = make_byte_program(name)
-    lowered = lower(program.export())
+    program, lowered = make_byte_program(name), make_byte_file(name)
     assert lowered.coverage.delegates == 1
     assert lowered.coverage.portable_ops == ()
     (tmp_path / "model.pte").write_bytes(lowered.data)

@@ -8,7 +8,7 @@ import torch
 from torch.fx import GraphModule
 
 from hadaptive_q.data.datasets import ImageData
-from hadaptive_q.lower.executorch import lower
+from hadaptive_q.lower.executorch import Lowered
 from hadaptive_q.quant.byte_rows import convolve_rows
 from hadaptive_q.quant.program import QuantizedProgram
 from hadaptive_q.rewrite.graph import aten, calls, constant, conv_settings
@@ -42,8 +42,8 @@ def test_rows_are_convolved_with_the_same_integers(
     assert torch.equal(found, wanted)
 
 
-def test_no_transpose_of_the_image_is_left(make_byte_program: Callable[..., QuantizedProgram]) -> None:
-    lowered = {name: lower(make_byte_program(name).export()).coverage for name in ("uint8", "uint8_nchw")}
+def test_no_transpose_of_the_image_is_left(make_byte_file: Callable[..., Lowered]) -> None:
+    lowered = {name: make_byte_file(name).coverage for name in ("uint8", "uint8_nchw")}
     assert lowered["uint8"].transposes < lowered["uint8_nchw"].transposes
     for coverage in lowered.values():
         assert (coverage.delegates, coverage.portable_ops) == (1, ())

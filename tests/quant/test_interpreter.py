@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 
 from hadaptive_q.data.datasets import ImageData
 from hadaptive_q.data.transforms import normalise
-from hadaptive_q.lower.executorch import lower
+from hadaptive_q.lower.executorch import Lowered, lower
 from hadaptive_q.lower.runtime import PteFile
 from hadaptive_q.models.config import Preprocess
 from hadaptive_q.models.hadaptive_net import create_model
@@ -49,20 +49,30 @@ def images(digits: ImageData) -> Tensor:
 
 
 @pytest.fixture(scope="module", params=["rank", "static"])
-def program(
-    request: pytest.FixtureRequest, make_graph: Callable[..., GraphModule], few_digits: ImageData, inputs: Tensor
-) -> QuantizedProgram:
-    return converted(make_graph(deploy_graph, request.param), few_digits, inputs)
+def selection(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def program(selection: str, make_program: Callable[[str], QuantizedProgram]) -> QuantizedProgram:
+    return make_program(selection)
 
 
 @pytest.mark.parametrize(
-    "program",
+    "selection",
     # A file takes ten seconds to lower: one form in every run, which has all that the others have.
     ["rank", pytest.param("static", marks=pytest.mark.slow), pytest.param("channel", marks=pytest.mark.slow)],
     indirect=True,
 )
-def test_codes_are_those_of_the_file(program: QuantizedProgram, images: Tensor, tmp_path: Path) -> None:
-    file, integers = written(program, tmp_path / "model.pte"), IntegerProgram(program)
+def test_codes_are_those_of_the_file(
+    selection: str,
+    program: QuantizedProgram,
+    make_file: Callable[[str], Lowered],
+    images: Tensor,
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "model.pte").write_bytes(make_file(selection).data)
+    file, integers = PteFile(tmp_path / "model.pte"), IntegerProgram(program)
     wanted = torch.cat([file(image[None]) for image in images])
     found = integers(images)
     assert torch.equal(found, wanted)
