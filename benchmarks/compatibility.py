@@ -110,7 +110,7 @@ def _environment() -> dict[str, str]:
 
 def own_table(rows: list[Row]) -> str:
     """Return the sets, and how their own files do in them."""
-    lines = []
+    lines: list[tuple[str, ...]] = []
     for versions in _sets(rows):
         own = [row for row in rows if row["written_by"] == row["run_in"] == versions]
         results = [_result([row for row in own if row["core"] == core]) for core in ("", CORE)]
@@ -120,7 +120,8 @@ def own_table(rows: list[Row]) -> str:
 
 def crossed_table(rows: list[Row]) -> str:
     """Return what the files of one set do in the runtime of another."""
-    sets, lines = _sets(rows), []
+    sets = _sets(rows)
+    lines: list[tuple[str, ...]] = []
     for by in sets:
         of_it = [row for row in rows if row["written_by"] == by]
         cells = [_result([row for row in of_it if row["run_in"] == in_]) for in_ in sets]
