@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -45,28 +46,35 @@ from hadaptive_q.report.render import write_report_pages
 from hadaptive_q.rewrite.deploy import deploy_graph
 from hadaptive_q.rewrite.drop_no_ops import drop_no_ops
 from hadaptive_q.rewrite.freeze_selection import freeze_selection
-from hadaptive_q.train.loop import Training, discard_state, predict, train
+from hadaptive_q.train.loop import Training, check_tensorboard, discard_state, predict, train
 from hadaptive_q.train.losses import fit_loss, float_loss
 from hadaptive_q.train.observe import ObservedGraph, ObservedModel
 
+log = logging.getLogger(__name__)
 QAT_STATE = "qat.state"
 
 
-def train_float(recipe: Recipe, out: Path, checkpoint: Path | None = None) -> tuple[ImageData, FloatModel]:
+def train_float(
+    recipe: Recipe, out: Path, checkpoint: Path | None = None, tensorboard: Path | None = None
+) -> tuple[ImageData, FloatModel]:
     """Open the data and return the float model: from `checkpoint`, from a finished run in `out`, or trained now.
 
+    A training logs its steps into the folder `tensorboard`.
     Raises UserError where the checkpoint and the data do not fit.
     """
+    check_tensorboard(tensorboard)
     with atomic.output_folder(out):
-        return _float_model(recipe, out, checkpoint)
+        return _float_model(recipe, out, checkpoint, tensorboard)
 
 
-def _float_model(recipe: Recipe, out: Path, checkpoint: Path | None) -> tuple[ImageData, FloatModel]:
+def _float_model(
+    recipe: Recipe, out: Path, checkpoint: Path | None, tensorboard: Path | None
+) -> tuple[ImageData, FloatModel]:
     given = load_model(checkpoint) if checkpoint else None
     data = open_data_for(recipe, given)
     # Of an earlier run in this folder: with its last file gone, what is there no longer counts as finished.
     (out / "report.json").unlink(missing_ok=True)
-    model = given or _trained(recipe, data, out)
+    model = given or _trained(recipe, data, out, tensorboard)
     if given:
         model.preprocess = data.preprocess
         drop_passport(out / "float.safetensors")
@@ -77,20 +85,30 @@ def _float_model(recipe: Recipe, out: Path, checkpoint: Path | None) -> tuple[Im
     return data, FloatModel(model, logits, labels)
 
 
-def quantize(recipe: Recipe, out: Path, checkpoint: Path | None = None, to: Sequence[str] = ("pte",)) -> Report:
+def quantize(
+    recipe: Recipe,
+    out: Path,
+    checkpoint: Path | None = None,
+    to: Sequence[str] = ("pte",),
+    tensorboard: Path | None = None,
+) -> Report:
     """Run a ``ptq`` or ``qat`` recipe into the folder `out` and return its report.
 
     `out` gets `model.pte`, `float.pte`, the checkpoints, the resolved recipe and calibration, and the report; and
-    `model.FORMAT` for what else `to` names. Each file appears whole; the report is the last.
+    `model.FORMAT` for what else `to` names. Each file appears whole; the report is the last. Trainings log their steps
+    into the folder `tensorboard`.
     """
+    check_tensorboard(tensorboard)
     find_formats(to)
     find_backend(recipe.quantize.backend)  # raises before any training where it is not installed
     with atomic.output_folder(out):
-        return _quantize(recipe, out, checkpoint, to)
+        return _quantize(recipe, out, checkpoint, to, tensorboard)
 
 
-def _quantize(recipe: Recipe, out: Path, checkpoint: Path | None, to: Sequence[str]) -> Report:
-    data, reference = _float_model(recipe, out, checkpoint)
+def _quantize(
+    recipe: Recipe, out: Path, checkpoint: Path | None, to: Sequence[str], tensorboard: Path | None
+) -> Report:
+    data, reference = _float_model(recipe, out, checkpoint, tensorboard)
     manifest = resolve(find_manifest(recipe.calibration.manifest, data), data)
     atomic.write_text(out / "recipe.yaml", recipe.to_yaml())
     atomic.write_text(out / "calibration.yaml", manifest.to_yaml())
@@ -101,12 +119,13 @@ def _quantize(recipe: Recipe, out: Path, checkpoint: Path | None, to: Sequence[s
     if recipe.quantize.selection == "static":
         chosen = freeze_selection(model, batches(manifest, seen, recipe.calibration.batch_size))
         atomic.write_text(out / "selection.json", json.dumps(chosen) + "\n")
-    program = quantized_program(recipe, model, seen, manifest, out, teacher)
+    program = quantized_program(recipe, model, seen, manifest, out, teacher, tensorboard)
     deploy = deploy_graph(model, data.preprocess.image_size)
 
     # The float file is the network as trained: its selection is not frozen, and it takes normalised images.
     float_graph = deploy_graph(reference.model, data.preprocess.image_size)
     drop_no_ops(float_graph)
+    log.info("lowering")
     float_pte = lower(export_graph(float_graph, data.preprocess.image_size))
     quantized_pte = lower(program.export())
     write_checked(out / "float.pte", float_pte.data, PteFile, data)
@@ -118,6 +137,7 @@ def _quantize(recipe: Recipe, out: Path, checkpoint: Path | None, to: Sequence[s
         if name != "pte":
             write_checked(out / f"model.{name}", format_.lower(program), format_.open, data)
 
+    log.info("running the files over %d validation images", len(data.val))
     answers = find_answers(out, data, program)
     report = measure_run(recipe, out, data, reference, model, manifest, program, deploy, quantized_pte, answers)
     origin = Origin(recipe, report.model, data.preprocess, reference.labels, manifest.digest)
@@ -130,14 +150,22 @@ def _quantize(recipe: Recipe, out: Path, checkpoint: Path | None, to: Sequence[s
 
 
 def quantized_program(
-    recipe: Recipe, model: HadaptiveNet, data: ImageData, manifest: Manifest, out: Path, teacher: HadaptiveNet
+    recipe: Recipe,
+    model: HadaptiveNet,
+    data: ImageData,
+    manifest: Manifest,
+    out: Path,
+    teacher: HadaptiveNet,
+    tensorboard: Path | None = None,
 ) -> QuantizedProgram:
     """Prepare, calibrate, fit where the recipe trains, and convert `model`; `teacher` is the network as trained."""
     inputs = list(batches(manifest, data, recipe.calibration.batch_size))
     backend = find_backend(recipe.quantize.backend)
+    log.info("calibrating on %d images", len(manifest.indices or ()))
     calibrated = calibrate(recipe, deploy_graph(model, data.preprocess.image_size), inputs)
     if recipe.fit:
-        _fit(recipe, backend, calibrated, teacher, data, manifest, out)
+        log.info("training under quantization: %d epochs", recipe.fit.epochs)
+        _fit(recipe, backend, calibrated, teacher, data, manifest, out, tensorboard)
     drop_passport(out / "quantized.safetensors")
     atomic.write_bytes(out / "quantized.safetensors", torchao_pt2e.saved(calibrated))
     return torchao_pt2e.convert(calibrated, data.preprocess, recipe.quantize.input)
@@ -171,6 +199,7 @@ def _fit(
     data: ImageData,
     manifest: Manifest,
     out: Path,
+    tensorboard: Path | None,
 ) -> None:
     fit = recipe.fit
     assert fit is not None
@@ -195,6 +224,7 @@ def _fit(
             oscillation_damping(calibrated.graph, fit.damping) if fit.damping else None,
         ),
         on_epoch=on_epoch,
+        tensorboard=tensorboard,
     )
     train(ObservedGraph(calibrated.graph, teacher.config.slot_order), data, training)
     backend.end_fit(calibrated)
@@ -228,20 +258,22 @@ def _few(classes: tuple[str, ...]) -> str:
     return ", ".join(classes[:3]) + (", ..." if len(classes) > 3 else "")
 
 
-def _trained(recipe: Recipe, data: ImageData, out: Path) -> HadaptiveNet:
+def _trained(recipe: Recipe, data: ImageData, out: Path, tensorboard: Path | None) -> HadaptiveNet:
     target = out / "float.safetensors"
     parts = [recipe.model, recipe.slot_order, recipe.data, recipe.seed, recipe.float.model_dump(mode="json")]
     key = hashlib.sha256(json.dumps([*parts, data.preprocess.model_dump(mode="json")]).encode()).hexdigest()
     training = Training(recipe.float, recipe.seed, "float", out / "float.state", key)
     if read_training_key(target) == key:
         discard_state(training)  # of a run that was killed just before
+        log.info("%s is of this very training: kept", target)
         return load_model(target)
     _check_layers(recipe, data)
+    log.info("training %s: %d epochs of %d images", recipe.model, recipe.float.epochs, len(data.train))
     torch.manual_seed(recipe.seed)
     model = create_model(recipe.model, data.num_classes, slot_order=recipe.slot_order)
     model.preprocess = data.preprocess
     student = ObservedModel(model)
-    train(student.train(), data, replace(training, loss=float_loss(recipe.float, student)))
+    train(student.train(), data, replace(training, loss=float_loss(recipe.float, student), tensorboard=tensorboard))
     drop_passport(target)
     save_model(model, target, key)
     discard_state(training)
@@ -275,6 +307,7 @@ def write_checked(path: Path, content: bytes, opened: Callable[[Path], ModelFile
 
     drop_passport(path)
     atomic.write_with(path, write)
+    log.info("%s: %d bytes", path, len(content))
 
 
 def _write_passports(out: Path, origin: Origin, program: QuantizedProgram, answers: Answers) -> None:
