@@ -38,7 +38,8 @@ def check_command(line: str) -> None:
     if values.get("recipe"):
         recipe = load_recipe(values["recipe"], values.get("set_"))
         assert name in (recipe.task, "search"), line
-    assert set(values.get("core") or []) <= CORES.keys(), line
+    cores = values.get("core") or []
+    assert {cores} <= CORES.keys() if isinstance(cores, str) else set(cores) <= CORES.keys(), line
     assert set((values.get("to") or "pte").split(",")) <= FORMATS.keys(), line
     assert all(_BUDGET.fullmatch(budget) for budget in values.get("budget") or []), line
 
