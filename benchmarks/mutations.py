@@ -29,7 +29,7 @@ from PIL import Image
 from rows import write_robustness
 
 CLASSES = 10
-SECONDS = 60
+SECONDS = 300
 MEMORY = 16 * 2**30
 OUTCOMES = ("refused in one line", "same answers", "other answers", "traceback", "process died", "hung")
 UNSAFE = OUTCOMES[3:]
