@@ -187,22 +187,21 @@ def bench(
 
 @app.command()
 def check(
-    report: Annotated[Path, typer.Argument(help="The report.json of a run, or the run's folder.")],
-    budget: Annotated[list[str], typer.Option(help="KEY OPERATOR NUMBER, as 'coverage.fp32_ops == 0'; repeatable.")],
+    run: Annotated[Path, typer.Argument(help="The folder of a run, or its report.json.")],
+    budget: Annotated[list[str] | None, typer.Option(help="Such as 'coverage.fp32_ops == 0'; repeatable.")] = None,
+    baseline: Annotated[Path | None, typer.Option(help="Baseline of an earlier run to compare with, a JSON.")] = None,
+    update_baseline: Annotated[
+        bool, typer.Option("--update-baseline", help="Make this run the baseline, if it keeps its budgets.")
+    ] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Budgets that too few images decide are broken.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Hold a run's report against budgets; exit code 1 where it does not keep one."""
-    from hadaptive_q.regress import check_budgets
-    from hadaptive_q.report.record import read_report
+    """Hold a run against budgets and a baseline; exit code 1 where it does not keep one."""
+    from hadaptive_q.regress import hold
 
-    violations = check_budgets(read_report(report), budget)
-    if as_json:
-        typer.echo(json.dumps([{"budget": v.budget, "figure": v.figure} for v in violations]))
-    else:
-        for violation in violations:
-            typer.echo(violation)
-        typer.echo(f"{len(budget) - len(violations)} of {len(budget)} budgets kept")
-    if violations:
+    outcome = hold(run, budget or [], baseline, update_baseline, strict)
+    typer.echo(json.dumps(outcome.as_json()) if as_json else outcome)
+    if outcome.broken:
         raise typer.Exit(1)
 
 

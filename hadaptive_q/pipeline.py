@@ -19,7 +19,7 @@ from torch.fx import GraphModule
 
 from hadaptive_q import atomic
 from hadaptive_q.data.calibration import Manifest, batches, find_manifest, resolve
-from hadaptive_q.data.datasets import ImageData
+from hadaptive_q.data.datasets import ImageData, digest
 from hadaptive_q.data.sources import open_data
 from hadaptive_q.data.transforms import normalise
 from hadaptive_q.errors import UserError
@@ -37,11 +37,13 @@ from hadaptive_q.quant.backends import torchao_pt2e
 from hadaptive_q.quant.backends.select import Backend, find_backend
 from hadaptive_q.quant.backends.torchao_pt2e import Calibrated
 from hadaptive_q.quant.damping import oscillation_damping
+from hadaptive_q.quant.gptq import round_with_feedback
 from hadaptive_q.quant.interpreter import IntegerProgram
 from hadaptive_q.quant.plan import make_plan
 from hadaptive_q.quant.program import QuantizedProgram, export_graph
 from hadaptive_q.recipe import Recipe
 from hadaptive_q.report import measure
+from hadaptive_q.report.answers import record_answers
 from hadaptive_q.report.passport import drop_passport
 from hadaptive_q.report.record import Accuracy, CoverageRecord, InputRecord, ParityRecord, Report, Size, versions
 from hadaptive_q.report.render import write_report_pages
@@ -156,9 +158,9 @@ def quantized_program(
     recipe: Recipe, model: HadaptiveNet, data: ImageData, manifest: Manifest, out: Path, teacher: HadaptiveNet
 ) -> QuantizedProgram:
     """Prepare, calibrate, fit where the recipe trains, and convert `model`; `teacher` is the network as trained."""
-    prepared = prepare(recipe, deploy_graph(model, data.preprocess.image_size))
+    inputs = list(batches(manifest, data, recipe.calibration.batch_size))
     backend = find_backend(recipe.quantize.backend)
-    calibrated = backend.calibrate(prepared, batches(manifest, data, recipe.calibration.batch_size))
+    calibrated = calibrate(recipe, deploy_graph(model, data.preprocess.image_size), inputs)
     if recipe.fit:
         _fit(recipe, backend, calibrated, teacher, data, manifest, out)
     drop_passport(out / "quantized.safetensors")
@@ -176,6 +178,14 @@ def on_file_inputs(recipe: Recipe, preprocess: Preprocess, model: HadaptiveNet) 
 def prepare(recipe: Recipe, graph: GraphModule) -> torchao_pt2e.Prepared:
     """Plan `recipe` on the deploy graph `graph` and insert its fake-quantizers (in place)."""
     return torchao_pt2e.prepare(graph, make_plan(graph, recipe.quantize), recipe.quantize.observer)
+
+
+def calibrate(recipe: Recipe, graph: GraphModule, inputs: Sequence[Tensor]) -> Calibrated:
+    """Prepare the deploy graph `graph` (in place), calibrate it on `inputs` and round its 4-bit weights by `recipe`."""
+    calibrated = find_backend(recipe.quantize.backend).calibrate(prepare(recipe, graph), inputs)
+    if recipe.quantize.rounding == "gptq":
+        round_with_feedback(calibrated, inputs)
+    return calibrated
 
 
 def _fit(
@@ -196,7 +206,8 @@ def _fit(
 
     live = batches(manifest, data, recipe.calibration.batch_size) if fit.batch_norm == "live" else None
     # A student that only follows its teacher, which has no dropout, has nothing to generalise from.
-    backend.start_fit(calibrated, recipe.quantize.ranges == "learned", dropout=fit.distill < 1, live=live)
+    learned, weights = (ranges == "learned" for ranges in (recipe.quantize.ranges, recipe.quantize.weight_ranges))
+    backend.start_fit(calibrated, learned, weights, dropout=fit.distill < 1, live=live)
     training = Training(
         config=fit,
         seed=recipe.seed + 1,
@@ -322,6 +333,7 @@ def _measure(
         calibration_digest=manifest.digest or "",
         data=data.name,
         seed=recipe.seed,
+        settings=recipe.model_dump(mode="json"),
         versions=versions(recipe.quantize.backend, *(() if onnx is None else FORMATS["onnx"].packages)),
         accuracy=Accuracy(
             samples=len(labels),
@@ -331,6 +343,11 @@ def _measure(
             onnx_top1=None if onnx is None else top1(onnx, labels),
             float_top5=topk(reference.logits, labels, 5),
             pte_top5=topk(shipped, labels, 5),
+        ),
+        answers=record_answers(
+            digest(data.val, range(len(labels))),
+            labels.tolist(),
+            *(logits.argmax(dim=1) == labels for logits in (reference.logits, shipped)),
         ),
         size=Size(
             float_pte_bytes=(out / "float.pte").stat().st_size,
@@ -356,6 +373,7 @@ def _measure(
         input=InputRecord(dtype=file.input.dtype, shape=list(file.input.shape)),
         ach=measure.measure_ach(deploy, program, inputs, overlap),
         layers=measure.measure_layers(deploy, program, inputs),
+        weights=measure.measure_weights(deploy, program),
         latency=measure.measure_latency(file, float_file, images[:1], data.preprocess),
     )
 

@@ -80,6 +80,9 @@ class QuantizeConfig(_Section):
     for, except the stem and what a selection's scores are computed from; `weight_bits` for all other layers. `layers`
     has the exceptions, by the name of a layer or of a module around some. With 4 `activation_bits` the image, the
     logits and what scores are computed from keep 8.
+    `rounding` is how weights that share bytes begin: at their nearest codes, or so that the layer's outputs move least.
+    `ranges` are those of activations in training; `weight_ranges` the scales of weights of few bits, with Brevitas of
+    all weights, which training leaves as it finds them or learns.
     """
 
     backend: BackendName = "torchao"
@@ -87,8 +90,10 @@ class QuantizeConfig(_Section):
     pointwise_weight_bits: Bits = 8
     layers: dict[str, Bits] = {}
     activation_bits: Literal[4, 8] = 8
+    rounding: Literal["nearest", "gptq"] = "nearest"
     observer: Literal["minmax", "mse", "histogram", "product"] = "histogram"
     ranges: Literal["observed", "learned"] = "observed"
+    weight_ranges: Literal["observed", "learned"] = "observed"
     selection: Literal["dynamic", "static"] = "dynamic"
     input: InputName = "float32"
 

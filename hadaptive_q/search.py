@@ -33,10 +33,9 @@ from hadaptive_q.lower.parity import top1
 from hadaptive_q.models.checkpoint import load_model
 from hadaptive_q.models.config import VARIANTS
 from hadaptive_q.models.hadaptive_net import HadaptiveNet
-from hadaptive_q.pipeline import on_file_inputs, open_data_for, prepare, spread, weights_digest
+from hadaptive_q.pipeline import calibrate, on_file_inputs, open_data_for, prepare, spread, weights_digest
 from hadaptive_q.quant.assignment import choose
 from hadaptive_q.quant.backends import torchao_pt2e
-from hadaptive_q.quant.backends.select import find_backend
 from hadaptive_q.quant.plan import exceptions
 from hadaptive_q.quant.program import QuantizedProgram
 from hadaptive_q.quant.sensitivity import FourBitLayer, find_layers, in_four_bits, joint_noise, measure_sensitivity
@@ -133,8 +132,7 @@ class _Case:
 
     def make(self, chosen: list[FourBitLayer]) -> _Choice:
         """Prepare, calibrate, convert and lower the network with `chosen` in 4 bits."""
-        prepared = prepare(self.mixed(chosen), copy.deepcopy(self.deploy))
-        calibrated = find_backend(self.recipe.quantize.backend).calibrate(prepared, self.inputs)
+        calibrated = calibrate(self.mixed(chosen), copy.deepcopy(self.deploy), self.inputs)
         program = torchao_pt2e.convert(calibrated, self.data.preprocess, self.recipe.quantize.input)
         return _Choice(chosen, self.predicted(chosen), program, lower(program.export()).data)
 

@@ -24,9 +24,12 @@ LAYERS = [
     ["arm"],
     ["lower"],
     ["report"],
+    ["significance"],
+    ["baseline"],
+    ["changes"],
     ["regress", "passports"],
     ["pipeline", "evaluate", "bench", "restore", "explain", "export", "search", "verify"],
-    ["cli", "__main__", "__init__"],
+    ["cli", "pytest_plugin", "__main__", "__init__"],
 ]
 FENCES = {
     "torchao": {"quant/fake_quant.py", "quant/backends/torchao_pt2e.py"},
@@ -50,7 +53,8 @@ FENCES = {
     "accelerate": {"train/loop.py"},
     "sklearn": {"data/digits.py"},
     "jinja2": {"report/render.py"},
-    "scipy": {"quant/assignment.py"},
+    "scipy": {"quant/assignment.py", "significance.py"},
+    "pytest": {"pytest_plugin.py"},
 }
 
 

@@ -122,6 +122,7 @@ def test_settings_reach_what_the_file_leaves_out() -> None:
         ("quantize.activation_bits=6", "quantize.activation_bits: got 6; expected 4 or 8"),
         ("quantize.layers={head: 9}", "quantize.layers.head: got 9; expected less than or equal to 8"),
         ("quantize.layers.head.hidden=1", "quantize.layers.head.hidden: got 1; expected greater than or equal to 2"),
+        ("quantize.rounding=up", "quantize.rounding: got 'up'; expected 'nearest' or 'gptq'"),
         ("quantize.layers=4", "quantize.layers: got 4; expected "),
         ("seed=-1", "seed: got -1; expected greater than or equal to 0"),
         ("data=7", "data: got 7; expected a valid string"),

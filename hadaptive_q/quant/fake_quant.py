@@ -18,6 +18,7 @@ from hadaptive_q.quant.observers import RangeName, RangeObserver
 
 MOVING_AVERAGE = 0.02
 SMALLEST_WEIGHT_SHARE = 2.0**-12
+SMALLEST_WEIGHT_SCALE = torch.finfo(torch.float32).eps
 
 
 class _FakeQuantizePerTensor(torch.autograd.Function):
@@ -45,6 +46,29 @@ class _FakeQuantizePerTensor(torch.autograd.Function):
             step = torch.where(inside, clipped - ratio, clipped)
             scale_gradient = (gradient * step).sum() / (x.numel() * high) ** 0.5
             scale_gradient = scale_gradient.reshape(scale.shape)
+        return gradient * inside, scale_gradient, None, None, None
+
+
+class _FakeQuantizePerChannel(torch.autograd.Function):
+    """The same for every channel of a weight, symmetric: axis 0, each with its scale."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
+        ctx.save_for_backward(w, scale)
+        ctx.codes = low, high
+        return torch.fake_quantize_per_channel_affine(w, scale, zero_point, 0, low, high)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        w, scale = ctx.saved_tensors
+        low, high = ctx.codes
+        ratio = w / scale.reshape(-1, *(1,) * (w.dim() - 1))
+        codes = ratio.round()
+        inside = (codes >= low) & (codes <= high)
+        scale_gradient = None
+        if ctx.needs_input_grad[1]:
+            step = codes.clamp(low, high) - ratio * inside
+            scale_gradient = (gradient * step).flatten(1).sum(1) / (w[0].numel() * high) ** 0.5
         return gradient * inside, scale_gradient, None, None, None
 
 
@@ -151,8 +175,8 @@ class PerChannelWeightFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
     """Per-output-channel symmetric fake-quantizer of a weight.
 
     Formula: ``s_c = max |w_c| / high`` of the weight as it is now, ``y = clamp(round(w / s_c), -high, high) * s_c``.
-    With 4 bits or fewer no `s_c` is below 2^-12 of the largest. `hold` keeps scales found elsewhere instead.
-    Shapes: `w` `(C, ...)`, `s` `(C,)`.
+    `hold` keeps scales found elsewhere instead, which may be learned. With 4 bits or fewer no `s_c` is below 2^-12 of
+    the largest. Shapes: `w` `(C, ...)`, `s` `(C,)`.
     (torchao derives its constructor arguments from "PerChannel" in the name.)
     """
 
@@ -166,34 +190,42 @@ class PerChannelWeightFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
     def __init__(self, quant_min: int = -127, quant_max: int = 127, **_: Any) -> None:
         super().__init__()
         self.quant_min, self.quant_max = quant_min, quant_max
-        self.register_buffer("scale", torch.ones(1))
-        self.register_buffer("zero_point", torch.zeros(1, dtype=torch.int32))
+        self.scale = nn.Parameter(torch.empty(0), requires_grad=False)
+        self.register_buffer("zero_point", torch.empty(0, dtype=torch.int32))
 
     def forward(self, w: Tensor) -> Tensor:
         if self.observer_enabled[0]:
-            self._set_scale(w.detach().abs().amax(dim=tuple(range(1, w.dim()))) / self.quant_max)
+            self.set_scale(w.detach().flatten(1).abs().amax(1) / self.quant_max)
         if not self.fake_quant_enabled[0]:
             return w
-        return torch.fake_quantize_per_channel_affine(
-            w, self.scale, self.zero_point, self.ch_axis, self.quant_min, self.quant_max
-        )
+        # The optimizer may have stepped below the smallest scale; what is used is what would be written.
+        scale = self.scale.clamp_min(SMALLEST_WEIGHT_SCALE)
+        out: Tensor = _FakeQuantizePerChannel.apply(w, scale, self.zero_point, self.quant_min, self.quant_max)
+        return out
 
     def calculate_qparams(self, **_: Any) -> tuple[Tensor, Tensor]:
-        return self.scale, self.zero_point
+        return self.scale.detach().clamp_min(SMALLEST_WEIGHT_SCALE), self.zero_point
 
     def hold(self, scale: Tensor) -> None:
         """Keep `scale` `(C,)` from now on, whatever becomes of the weight."""
-        self._set_scale(scale)
+        self.set_scale(scale)
         self.disable_observer()
 
+    def learn(self, active: bool) -> None:
+        """Let the optimizer move a scale that is held, or stop it."""
+        self.scale.requires_grad_(active and not self.observer_enabled[0])
+
     @torch.no_grad()
-    def _set_scale(self, scale: Tensor) -> None:
+    def set_scale(self, scale: Tensor) -> None:
+        """Quantize with `scale` `(C,)`."""
         if self.quant_max <= WeightFormat(4).code_range[1]:
             # The bias of a channel of all but no weights would not fit the accumulator; what those weights add never
             # shows beside the largest channel's, in codes of one scale.
             scale = scale.clamp_min(float(scale.max()) * SMALLEST_WEIGHT_SHARE)
-        self.scale = scale.clamp_min(torch.finfo(torch.float32).eps)
-        self.zero_point = torch.zeros_like(scale, dtype=torch.int32)
+        if self.scale.shape != scale.shape:
+            self.scale = nn.Parameter(torch.empty_like(scale), requires_grad=False)
+            self.zero_point = torch.zeros_like(scale, dtype=torch.int32)
+        self.scale.copy_(scale.clamp_min(SMALLEST_WEIGHT_SCALE))
 
 
 def activation_constructor(

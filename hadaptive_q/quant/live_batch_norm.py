@@ -95,9 +95,9 @@ def refold_batch_norm(graph: GraphModule) -> int:
         assert bias is not None
         scale, shift = module.affine_now()
         weight.mul_(scale.reshape(-1, 1, 1, 1))
-        source = modules.get(str(conv.args[1].target))
-        if isinstance(source, PerChannelWeightFakeQuantize):
-            source.scale.mul_(scale.abs())
+        quantizer = _quantizer(graph, conv)
+        if quantizer is not None:
+            quantizer.set_scale(quantizer.scale * scale.abs())
         bias.mul_(scale).add_(shift)
         node.replace_all_uses_with(conv)
         graph.graph.erase_node(node)
@@ -113,6 +113,12 @@ def _weight(graph: GraphModule, conv: Node) -> Tensor:
     value = constant(graph, source.args[0] if source.op == "call_module" else source)
     assert value is not None
     return value
+
+
+def _quantizer(graph: GraphModule, conv: Node) -> PerChannelWeightFakeQuantize | None:
+    source = conv.args[1]
+    found = graph.get_submodule(str(source.target)) if isinstance(source, Node) and source.op == "call_module" else None
+    return found if isinstance(found, PerChannelWeightFakeQuantize) else None
 
 
 def _is_piece(conv: Node) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -17,8 +18,8 @@ from hadaptive_q.models.config import Preprocess
 from hadaptive_q.models.cross_hadamard import CrossHadamard
 from hadaptive_q.models.hadaptive_net import HadaptiveNet
 from hadaptive_q.quant.program import QuantizedProgram
-from hadaptive_q.report.record import AchRecord, Latency, LayerRecord
-from hadaptive_q.rewrite.graph import module_path
+from hadaptive_q.report.record import AchRecord, Latency, LayerRecord, WeightRecord
+from hadaptive_q.rewrite.graph import constant, module_path
 from hadaptive_q.rewrite.products import Product, chosen_indices, find_products
 from hadaptive_q.rewrite.record import record
 
@@ -26,25 +27,82 @@ OVERLAP_SEED = 0
 
 
 def measure_layers(deploy: GraphModule, program: QuantizedProgram, inputs: Tensor) -> list[LayerRecord]:
-    """Compare every quantized tensor, as its readers see it, with the float deploy graph on the same inputs."""
+    """Compare every quantized tensor, as its readers see it, with the float deploy graph on the same inputs.
+
+    Once from the image on, and once layer by layer: each gets the quantized inputs and weights it has in `program`.
+    """
     readers = _dequantized(program)
     reference = record(deploy, inputs, set(readers))
-    measured = record(program.graph, inputs, {reader.name for reader in readers.values()})
+    recorded = record(program.graph, inputs, {reader.name for reader in readers.values()})
+    measured = {name: recorded[reader.name] for name, reader in readers.items()}
+    weights = {str(node.args[1]): found for node, _, found in _weights(deploy, program)}
+    local = record(deploy, inputs, set(readers), forced=measured | weights)
     origins = {node.name: node for node in deploy.graph.nodes}
     layers = []
     for name, reader in readers.items():
         wanted = reference[name]
+        # Below its floor nobody tells a tensor's values apart.
+        floor = program.plan.floors.get(name, -math.inf)
+        alone = local[name].clamp(min=floor), measured[name].clamp(min=floor)
         layers.append(
             LayerRecord(
                 name=name,
                 origin=module_path(origins[name]) or "input",
-                sqnr_db=sqnr_db(wanted, measured[reader.name]),
+                sqnr_db=sqnr_db(wanted, measured[name]),
+                local_sqnr_db=sqnr_db(*alone),
+                gain=gain(alone[0].clamp(*_code_ends(reader)), alone[1]),
                 low=float(wanted.min()),
                 high=float(wanted.max()),
                 scale=float(reader.args[1]),  # type: ignore[arg-type]
             )
         )
     return layers
+
+
+def measure_weights(deploy: GraphModule, program: QuantizedProgram) -> list[WeightRecord]:
+    """Compare the weights of every quantized layer with those of the float deploy graph."""
+    return [
+        WeightRecord(
+            layer=module_path(node),
+            name=node.name,
+            sqnr_db=sqnr_db(wanted, found),
+            gain=gain(wanted.reshape(-1, 1), found.reshape(-1, 1)),
+        )
+        for node, wanted, found in _weights(deploy, program)
+    ]
+
+
+def _weights(deploy: GraphModule, program: QuantizedProgram) -> Iterator[tuple[Node, Tensor, Tensor]]:
+    """Yield every quantized layer of `deploy`, its weights in float, and what its codes in `program` stand for."""
+    layers = {node.name: node for node in program.graph.graph.nodes}
+    for node in deploy.graph.nodes:
+        if node.name in program.plan.weights:
+            wanted, weight = constant(deploy, node.args[1]), layers[node.name].args[1]
+            found = constant(program.graph, weight)
+            if found is None:
+                codes, scales = (constant(program.graph, argument) for argument in weight.args[:2])
+                assert codes is not None
+                assert scales is not None
+                found = codes * scales.reshape(-1, *[1] * (codes.dim() - 1))
+            assert wanted is not None
+            yield node, wanted.detach(), found.detach().float()
+
+
+def _code_ends(reader: Node) -> tuple[float, float]:
+    """Return the values of the lowest and the highest code that the dequantize `reader` reads."""
+    _, scale, zero_point, low, high, *_ = reader.args
+    return scale * (low - zero_point), scale * (high - zero_point)  # type: ignore[operator, return-value]
+
+
+def gain(signal: Tensor, noisy: Tensor) -> float:
+    """Return the least-squares slope of `noisy` on `signal` `(B, C, ...)`, with an intercept per channel.
+
+    ``sum (x - x_c) (y - y_c) / sum (x - x_c)^2``; 1 where no channel of `signal` varies.
+    """
+    others = [d for d in range(signal.dim()) if d != 1]
+    x, y = (tensor.double() - tensor.double().mean(others, keepdim=True) for tensor in (signal, noisy))
+    power = float(x.square().sum())
+    return float((x * y).sum()) / power if power else 1.0
 
 
 def _dequantized(program: QuantizedProgram) -> dict[str, Node]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -28,6 +28,20 @@ class Accuracy(Part):
     onnx_top1: float | None = None
     float_top5: float
     pte_top5: float
+
+
+class Answers(Part):
+    """Right answers over the validation split, in its order, as `report.answers` packs them.
+
+    `split` is a digest of the images' identities and labels; `lost` are those that float has right and the file
+    wrong, `won` the other way round.
+    """
+
+    split: str
+    float_right: str
+    pte_right: str
+    lost: int
+    won: int
 
 
 class Size(Part):
@@ -114,14 +128,29 @@ class AchRecord(Part):
 
 
 class LayerRecord(Part):
-    """One quantized tensor: its SQNR against float, its float range and its scale."""
+    """One quantized tensor: its SQNR against float, its float range and its scale.
+
+    `local_sqnr_db` and `gain` ask this tensor alone: against what float makes of the quantized inputs and weights.
+    `gain` is the least-squares slope on it as far as the codes reach, an intercept per channel: 1 but for rounding.
+    """
 
     name: str
     origin: str
     sqnr_db: float
+    local_sqnr_db: float | None = None
+    gain: float | None = None
     low: float
     high: float
     scale: float
+
+
+class WeightRecord(Part):
+    """The weights of one layer: SQNR of what their codes stand for to the float network's, and the slope on those."""
+
+    layer: str
+    name: str
+    sqnr_db: float
+    gain: float
 
 
 class Latency(Part):
@@ -134,7 +163,7 @@ class Latency(Part):
 
 
 class Report(Part):
-    """Everything measured about one run."""
+    """Everything measured about one run; `settings` is its resolved recipe."""
 
     model: str
     recipe: str
@@ -142,14 +171,17 @@ class Report(Part):
     calibration_digest: str
     data: str
     seed: int
+    settings: dict[str, Any] = {}
     versions: dict[str, str]
     accuracy: Accuracy
+    answers: Answers | None = None
     size: Size
     parity: ParityRecord
     coverage: CoverageRecord
     input: InputRecord | None = None
     ach: list[AchRecord]
     layers: list[LayerRecord]
+    weights: list[WeightRecord] = []
     latency: Latency
     arm: dict[str, dict[str, int]] = {}
 

@@ -168,13 +168,15 @@ def _precision(name: str) -> str:
 
 
 def _parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, object]]:
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    # DySoft's slope and learned scales: one number stands for a whole tensor or row, and Adam moves it as fast as any
+    # weight. At the full rate the slopes ran to zero in the first epochs, and with them the products.
+    slow = {p for name, p in trained if p.numel() == 1 or name.endswith(".scale")}
+    fast = [p for _, p in trained if p not in slow]
     return [
-        {"params": [p for p in trained if p.dim() > 1 and p.numel() > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.dim() <= 1 and p.numel() > 1], "weight_decay": 0.0},
-        # DySoft's slope and learned scales: one number stands for a whole tensor, and Adam moves it as fast as any
-        # weight. At the full rate the slopes ran to zero in the first epochs, and with them the products.
-        {"params": [p for p in trained if p.numel() == 1], "weight_decay": 0.0, "lr": config.lr * SCALAR_RATE},
+        {"params": [p for p in fast if p.dim() > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in fast if p.dim() <= 1], "weight_decay": 0.0},
+        {"params": [p for _, p in trained if p in slow], "weight_decay": 0.0, "lr": config.lr * SCALAR_RATE},
     ]
 
 

@@ -154,7 +154,7 @@ def test_what_trains_is_what_ships(
     ready = calibrated(graph, inputs, config)
     plan = ready.plan
     before = {id(q): q.calculate_qparams()[0].clone() for q in quantizers(ready)}
-    brevitas.start_fit(ready, learned=True)
+    brevitas.start_fit(ready, learned=True, weights=True)
     owners = plan.activations.keys() - plan.shared.keys()
     assert len(learners(ready)) == len(owners) + len(plan.weights), "one where tensors share a scale"
     train(ready.graph, few_digits, Training(FIT, 0, "qat"))
@@ -206,7 +206,7 @@ def test_ranges_may_follow_and_batch_norm_may_live(
 ) -> None:
     config = QuantizeConfig(weight_bits=4, pointwise_weight_bits=4)
     ready = calibrated(nano_graph, inputs, config)
-    brevitas.start_fit(ready, learned=False, live=[inputs] if batch_norm == "live" else None)
+    brevitas.start_fit(ready, learned=False, weights=True, live=[inputs] if batch_norm == "live" else None)
     assert len(learners(ready)) == len(ready.plan.weights), "weights learn, activations follow their batches"
     penalty = oscillation_damping(ready.graph, 1.0)()
     assert float(penalty) > 0

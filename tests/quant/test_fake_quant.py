@@ -264,6 +264,41 @@ def test_held_scales_stay_whatever_becomes_of_the_weight() -> None:
     assert small.scale.tolist() == [1.0, 2.0**-12], "the accumulator's limit holds for them, too"
 
 
+@pytest.mark.parametrize("shape", [(6, 3, 2, 2), (10, 20)])
+def test_a_held_scale_learns_by_lsq_and_clipped_weights_wait(shape: tuple[int, ...]) -> None:
+    w = torch.randn(shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    quantizer = PerChannelWeightFakeQuantize(-7, 7)
+    quantizer(w)
+    quantizer.hold(quantizer.scale.detach() * 0.6)
+    quantizer.learn(True)
+    weights = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    (quantizer(w) * weights).sum().backward()
+    got_w, got_scale = w.grad, quantizer.scale.grad
+
+    other, scale = w.detach().requires_grad_(), quantizer.scale.detach().clone().requires_grad_()
+    column = scale.reshape(-1, *(1,) * (w.dim() - 1))
+    ratio = other / column
+    rounded = ratio + (ratio.round() - ratio).detach()
+    # A code of 7.4 is rounded to 7, not clipped: its gradient passes.
+    clipped = torch.where(ratio.detach().round().abs() <= 7, rounded, rounded.detach().clamp(-7, 7))
+    (clipped * column * weights).sum().backward()
+    assert got_w is not None
+    assert got_scale is not None
+    assert other.grad is not None
+    assert scale.grad is not None
+    assert 0 < int((got_w == 0).sum()) < w.numel() / 2, "some weights are clipped"
+    torch.testing.assert_close(got_w, other.grad, rtol=1e-6, atol=0)
+    wanted = scale.grad / (w[0].numel() * 7) ** 0.5
+    torch.testing.assert_close(got_scale, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_scale_that_follows_its_weight_is_not_learned() -> None:
+    quantizer = PerChannelWeightFakeQuantize()
+    quantizer(torch.ones(2, 3))
+    quantizer.learn(True)
+    assert not quantizer.scale.requires_grad
+
+
 def test_a_channel_of_zeros_stays_zero() -> None:
     w = torch.stack((torch.zeros(4), torch.ones(4)))
     quantizer = PerChannelWeightFakeQuantize()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Literal
 
 import pytest
 import torch
@@ -56,9 +57,12 @@ def test_training_normalises_by_the_batch(nano_graph: GraphModule, inputs: Tenso
     assert not torch.allclose(live, nano_graph(inputs[:4]), rtol=1e-2)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("batch_norm", ["folded", "live"])
-def test_weights_keep_their_codes(nano_graph: GraphModule, inputs: Tensor, batch_norm: str) -> None:
-    plan = make_plan(nano_graph, QuantizeConfig())
+def test_weights_keep_their_codes(
+    nano_graph: GraphModule, inputs: Tensor, batch_norm: str, bits: Literal[4, 8]
+) -> None:
+    plan = make_plan(nano_graph, QuantizeConfig(pointwise_weight_bits=bits))
     calibrated = backend.calibrate(backend.prepare(nano_graph, plan, "minmax"), [inputs])
     before = copy.deepcopy(calibrated.graph)(inputs)
     backend.start_fit(calibrated, learned=True, live=[inputs] if batch_norm == "live" else None)

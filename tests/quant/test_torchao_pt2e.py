@@ -130,6 +130,39 @@ def test_after_training_program_and_simulation_agree(
     assert_program_equals_simulation(ready, inputs, few_digits)
 
 
+@pytest.mark.parametrize("weights", [True, False], ids=["learned", "kept"])
+def test_scales_of_four_bits_are_learned_or_kept_and_ship(
+    weights: bool, make_graph: Callable[..., GraphModule], inputs: Tensor, few_digits: ImageData, tmp_path: Path
+) -> None:
+    graph = make_graph(deploy_graph)
+    plan = make_plan(graph, QuantizeConfig(pointwise_weight_bits=4))
+    ready = backend.calibrate(backend.prepare(graph, plan, "minmax"), [inputs])
+    small = {name for name, form in plan.weights.items() if form.bits == 4}
+
+    def scales(graph: GraphModule) -> dict[str, Tensor]:
+        nodes = [node for node in graph.graph.nodes if node.name in small]
+        return {n.name: backend.weight_quantizer(graph, n).calculate_qparams()[0].clone() for n in nodes}
+
+    before = scales(ready.graph)
+    backend.start_fit(ready, learned=True, weights=weights)
+    train(ready.graph, few_digits, Training(FIT, 0, "qat"))
+    backend.end_fit(ready)
+    after = scales(ready.graph)
+    assert len(after) == len(small) > 4
+    assert all(torch.equal(after[name], before[name]) != weights for name in small)
+    assert not any(q.scale.requires_grad for q in ready.graph.modules() if isinstance(q, PerChannelWeightFakeQuantize))
+
+    save_model(ready.graph, str(tmp_path / "state.safetensors"))
+    again = backend.prepare(make_graph(deploy_graph), plan, "minmax")
+    assert_program_equals_simulation(backend.restore(again, tmp_path / "state.safetensors"), inputs, few_digits)
+    program = assert_program_equals_simulation(ready, inputs, few_digits)
+    shipped = {
+        next(iter(node.users)).name: constant(program.graph, node.args[1])
+        for node in calls(program.graph, Q.dequantize_per_channel.default)
+    }
+    assert all(torch.equal(shipped[name], scale) for name, scale in after.items())  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("selection", ["channel", "static"])
 def test_other_ways_to_fill_the_slots(
     selection: str, make_graph: Callable[..., GraphModule], inputs: Tensor, few_digits: ImageData

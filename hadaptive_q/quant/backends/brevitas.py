@@ -60,13 +60,17 @@ def least_error_scale(weight: Tensor, bits: int) -> Tensor:
 
 
 def start_fit(
-    calibrated: Calibrated, learned: bool, dropout: bool = True, live: Iterable[Tensor] | None = None
+    calibrated: Calibrated,
+    learned: bool,
+    weights: bool = False,
+    dropout: bool = True,
+    live: Iterable[Tensor] | None = None,
 ) -> None:
-    """Make ready for training: scales of weights learned, those of activations learned or following the batches."""
-    torchao_pt2e.start_fit(calibrated, learned, dropout, live)
+    """Make ready for training: ranges learned or following the batches, and scales of `weights` learned or as found."""
+    torchao_pt2e.start_fit(calibrated, learned, dropout=dropout, live=live)
     learners: dict[nn.Module, LearnedQuantizer] = {}
     for name, quantizer, weight in _quantizers(calibrated.graph):
-        if weight is not None or (learned and not quantizer.known):
+        if weights if weight is not None else learned and not quantizer.known:
             # Tensors that share a scale share one quantizer.
             if quantizer not in learners:
                 learners[quantizer] = LearnedQuantizer(quantizer, 1 if weight is None else weight.dim())

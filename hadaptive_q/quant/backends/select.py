@@ -24,9 +24,17 @@ class Backend(Protocol):
         """Watch `batches` of network inputs, then fix every scale."""
 
     def start_fit(
-        self, calibrated: Calibrated, learned: bool, dropout: bool = True, live: Iterable[Tensor] | None = None
+        self,
+        calibrated: Calibrated,
+        learned: bool,
+        weights: bool = False,
+        dropout: bool = True,
+        live: Iterable[Tensor] | None = None,
     ) -> None:
-        """Make ready for training: ranges learned or following the batches, dropout, BatchNorm live over `live`."""
+        """Make ready for training: ranges learned or following the batches, dropout, BatchNorm live over `live`.
+
+        `weights` has the scales of weights learned that do not follow their weight.
+        """
 
     def freeze_ranges(self, calibrated: Calibrated) -> None:
         """Keep every range from now on; weights go on training against them."""

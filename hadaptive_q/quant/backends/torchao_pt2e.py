@@ -165,6 +165,10 @@ def calibrate(prepared: Prepared, batches: Iterable[Tensor]) -> Calibrated:
         quantizer.fix()
     for product, objective in objectives.items():
         _fix_product(prepared.graph, product, objective)
+    for weights in _weight_quantizers(prepared.graph):
+        if _few_bits(weights):
+            # With few codes, rounding and training choose weights for the scale they have.
+            weights.hold(weights.calculate_qparams()[0])
     snap_biases(prepared.graph)
     return Calibrated(prepared.graph, prepared.plan)
 
@@ -233,22 +237,33 @@ def restore(prepared: Prepared, path: Path) -> Calibrated:
 
 
 def start_fit(
-    calibrated: Calibrated, learned: bool, dropout: bool = True, live: Iterable[Tensor] | None = None
+    calibrated: Calibrated,
+    learned: bool,
+    weights: bool = False,
+    dropout: bool = True,
+    live: Iterable[Tensor] | None = None,
 ) -> None:
-    """Make ready for training: ranges learned or following the batches, dropout, BatchNorm live over `live`."""
+    """Make ready for training: ranges learned or following the batches, dropout, BatchNorm live over `live`.
+
+    `weights` has the fixed scales of weights learned, too.
+    """
     if live is not None:
         unfold_batch_norm(calibrated.graph, live)
     set_dropout(calibrated.graph, active=dropout)
     for quantizer in activation_quantizers(calibrated.graph):
         quantizer.learn(learned)
         quantizer.follow = not learned
+    for each in _weight_quantizers(calibrated.graph):
+        each.learn(weights)
 
 
 def freeze_ranges(calibrated: Calibrated) -> None:
-    """Keep every activation range from now on; weights go on training against them."""
+    """Keep every range and scale from now on; weights go on training against them."""
     for quantizer in activation_quantizers(calibrated.graph):
         quantizer.learn(False)
         quantizer.follow = False
+    for each in _weight_quantizers(calibrated.graph):
+        each.learn(False)
 
 
 def end_fit(calibrated: Calibrated) -> None:
@@ -302,7 +317,12 @@ def bias_codes(graph: GraphModule, node: Node) -> tuple[Tensor, Tensor, Tensor] 
 
 def has_few_bits(graph: GraphModule, node: Node) -> bool:
     """Whether the weights of the quantized layer `node` are rounded to 4 bits or fewer."""
-    return weight_quantizer(graph, node).quant_max <= WeightFormat(4).code_range[1]
+    return _few_bits(weight_quantizer(graph, node))
+
+
+def _few_bits(quantizer: PerChannelWeightFakeQuantize) -> bool:
+    few: bool = quantizer.quant_max <= WeightFormat(4).code_range[1]
+    return few
 
 
 def weight_quantizer(graph: GraphModule, node: Node) -> PerChannelWeightFakeQuantize:
@@ -322,9 +342,8 @@ def convert(calibrated: Calibrated, preprocess: Preprocess, input_: InputName = 
     `input_` is what the program will take where it is exported, and what it was planned for.
     """
     graph = calibrated.graph
-    for module in graph.modules():
-        if isinstance(module, PerChannelWeightFakeQuantize):
-            module.enable_fake_quant()
+    for quantizer in _weight_quantizers(graph):
+        quantizer.enable_fake_quant()
     # One pass measures every weight as it is now: convert reads the scales, not the weights.
     with torch.no_grad():
         graph(torch.zeros(2, 3, preprocess.image_size, preprocess.image_size))
@@ -347,4 +366,10 @@ def activation_quantizers(graph: GraphModule) -> Iterator[ActivationFakeQuantize
     """Yield every activation quantizer once, also where tensors share it."""
     for module in graph.modules():
         if isinstance(module, ActivationFakeQuantize):
+            yield module
+
+
+def _weight_quantizers(graph: GraphModule) -> Iterator[PerChannelWeightFakeQuantize]:
+    for module in graph.modules():
+        if isinstance(module, PerChannelWeightFakeQuantize):
             yield module
