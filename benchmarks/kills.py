@@ -130,6 +130,8 @@ class Run:
         self.log = folder / "log"
         self.pid = os.fork()
         if self.pid == 0:
+            # A shell without job control has what it runs in the background ignore it.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             settings = [part for setting in (*SETTINGS, *BATCHES) for part in ("--set", setting)]
             sys.argv = ["hadaptive-q", "qat", "--data", str(folder / "images"), "--out", str(out), *settings]
             with open(self.log, "w") as log:

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import random
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -27,7 +29,7 @@ from PIL import Image
 from rows import write_robustness
 
 CLASSES = 10
-SECONDS = 60
+SECONDS = 300
 MEMORY = 16 * 2**30
 OUTCOMES = ("refused in one line", "same answers", "other answers", "traceback", "process died", "hung")
 UNSAFE = OUTCOMES[3:]
@@ -120,7 +122,11 @@ class Server:
     def ask(self, path: Path, function: str = "evaluate_written") -> str:
         if self.process is None:
             command = [sys.executable, __file__, SERVER, str(self.data)]
-            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+            )
+            assert self.process.stdout is not None
+            self.process.stdout.readline()  # its libraries are loaded: from now on the time counts
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         print(function, path, file=self.process.stdin, flush=True)
@@ -133,7 +139,7 @@ class Server:
 
     def _end(self) -> None:
         if self.process:
-            self.process.kill()
+            _kill(self.process)
             self.process.wait()
             self.process = None
 
@@ -145,7 +151,7 @@ def _ended_after(process: subprocess.Popen[str], seconds: float) -> Iterator[lis
 
     def end() -> None:
         ended.append(True)
-        process.kill()
+        _kill(process)
 
     timer = threading.Timer(seconds, end)
     timer.start()
@@ -153,6 +159,12 @@ def _ended_after(process: subprocess.Popen[str], seconds: float) -> Iterator[lis
         yield ended
     finally:
         timer.cancel()
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    """Kill `process` with the children that `evaluate_file` starts."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def serve(data: str) -> None:
@@ -172,6 +184,7 @@ def serve(data: str) -> None:
         return 0.0
 
     vars(evaluate)["top1"] = keep  # accuracy alone would not tell whether an answer changed
+    print("ready", flush=True)
     for line in sys.stdin:
         try:
             function, path = line.strip().split(" ", 1)
