@@ -62,7 +62,7 @@ class Baseline(Part):
     def kind(self) -> dict[str, Any]:
         """Return what two runs must have in common to be compared, by dotted key, the plainest difference first."""
         parts = {name: getattr(self, name) for name in ("versions", "model", "data", "split", "input", "settings")}
-        return dict(_flat(parts | {"input": self.input and self.input.model_dump()}))
+        return dict(leaves(parts | {"input": self.input and self.input.model_dump()}))
 
     def write(self, path: Path) -> None:
         """Write the baseline to `path` in one step; its folder is made where it is missing."""
@@ -86,7 +86,7 @@ def make_baseline(report: Report, where: str) -> Baseline:
         data=report.data,
         split=report.answers.split,
         input=report.input,
-        settings={key: value for key, value in _flat(report.settings) if key not in _FREE},
+        settings={key: value for key, value in leaves(report.settings) if key not in _FREE},
         versions={name: report.versions[name] for name in _DECIDING if name in report.versions},
         samples=report.accuracy.samples,
         float_top1=round(report.accuracy.float_top1, 4),
@@ -126,10 +126,11 @@ def read_baseline(path: Path, now: Baseline) -> Baseline:
     return found
 
 
-def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield what `content` holds at its ends, each with its dotted key."""
     for key, value in content.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from leaves(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
 

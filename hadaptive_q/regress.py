@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hadaptive_q.arm.count import count_instructions
-from hadaptive_q.baseline import make_baseline, read_baseline
+from hadaptive_q.baseline import leaves, make_baseline, read_baseline
 from hadaptive_q.changes import FLIP_RISE, GAIN_CHANGE, SQNR_FALL, change_figures, guilty, paired_drop
 from hadaptive_q.errors import UserError, nearest
 from hadaptive_q.report.record import Report, read_report
@@ -185,7 +185,9 @@ def named_budgets(limits: Mapping[str, Any], others: Sequence[str] = ()) -> list
 
 def figures(report: Report) -> dict[str, float]:
     """Return every figure of `report` by its dotted key: numbers as they are, lists as how many they hold."""
-    return {**_flat(report.model_dump(mode="python", exclude={"settings"}), ""), **derived(report)}
+    found = dict(leaves(report.model_dump(mode="python", exclude={"settings"})))
+    counted = {key: len(value) if isinstance(value, list) else value for key, value in found.items()}
+    return {**{key: value for key, value in counted.items() if isinstance(value, int | float)}, **derived(report)}
 
 
 def derived(report: Report) -> dict[str, float]:
@@ -233,18 +235,6 @@ def _instruction_ratio(run: Path) -> float:
     folder = run if run.is_dir() else run.parent
     ours, reference = (count_instructions(folder / name, CORE).total for name in ("model.pte", "float.pte"))
     return ours / reference
-
-
-def _flat(content: Mapping[str, object], prefix: str) -> dict[str, float]:
-    found: dict[str, float] = {}
-    for key, value in content.items():
-        if isinstance(value, Mapping):
-            found |= _flat(value, f"{prefix}{key}.")
-        elif isinstance(value, list):
-            found[prefix + key] = len(value)
-        elif isinstance(value, int | float):
-            found[prefix + key] = value
-    return found
 
 
 def _number(text: str, budget: str) -> float:
