@@ -18,7 +18,7 @@ from hadaptive_q.models.hadaptive_net import HadaptiveNet, create_model
 from hadaptive_q.models.pixels import take_pixels
 from hadaptive_q.quant.backends import torchao_pt2e as backend
 from hadaptive_q.quant.plan import make_plan
-from hadaptive_q.quant.program import export_graph
+from hadaptive_q.quant.program import QuantizedProgram, export_graph
 from hadaptive_q.recipe import QuantizeConfig
 from hadaptive_q.rewrite.deploy import deploy_graph
 from hadaptive_q.rewrite.drop_no_ops import drop_no_ops
@@ -54,29 +54,34 @@ def make_file(form: str, model: HadaptiveNet, inputs: Tensor) -> bytes:
     if form == "stock int8":
         return stock_int8(model, [inputs], size)[1]
     if form in QUANTIZED:
-        return _quantized(QUANTIZED[form], model, inputs).data
+        return lower(make_program(form, model, inputs).export()).data
     graph = deploy_graph(model, size)
     drop_no_ops(graph)
     return lower(export_graph(graph, size)).data
 
 
-def _quantized(config: QuantizeConfig, model: HadaptiveNet, inputs: Tensor) -> Lowered:
-    preprocess = _preprocess(inputs.shape[-1])
+def make_program(form: str, model: HadaptiveNet, inputs: Tensor) -> QuantizedProgram:
+    """Return the program of one of `QUANTIZED`, calibrated on one batch."""
+    config = QUANTIZED[form]
     model = copy.deepcopy(model)
     if config.input != "float32":
-        model, inputs = take_pixels(model, preprocess), ((inputs + 4) / 8).clamp(0, 1)
+        model, inputs = take_pixels(model, preprocess_of(inputs.shape[-1])), ((inputs + 4) / 8).clamp(0, 1)
     if config.selection == "static":
         freeze_selection(model, [inputs])
-    return lower_int8(deploy_graph(model, inputs.shape[-1]), inputs, config)
+    return _program(deploy_graph(model, inputs.shape[-1]), inputs, config)
 
 
-def lower_int8(graph: GraphModule, inputs: Tensor, config: QuantizeConfig = QuantizeConfig()) -> Lowered:  # noqa: B008
+def lower_int8(graph: GraphModule, inputs: Tensor) -> Lowered:
     """Quantize the deploy graph `graph` on one batch and lower it."""
+    return lower(_program(graph, inputs, QuantizeConfig()).export())
+
+
+def _program(graph: GraphModule, inputs: Tensor, config: QuantizeConfig) -> QuantizedProgram:
     prepared = backend.prepare(graph, make_plan(graph, config), "minmax")
-    preprocess = _preprocess(inputs.shape[-1])
-    return lower(backend.convert(backend.calibrate(prepared, [inputs]), preprocess, config.input).export())
+    return backend.convert(backend.calibrate(prepared, [inputs]), preprocess_of(inputs.shape[-1]), config.input)
 
 
-def _preprocess(image_size: int) -> Preprocess:
+def preprocess_of(image_size: int) -> Preprocess:
+    """Return how the networks here see an image."""
     classes = tuple(str(label) for label in range(CLASSES))
     return Preprocess(image_size=image_size, mean=(0.5,) * 3, std=(0.5,) * 3, classes=classes)

@@ -27,7 +27,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
 from hadaptive_q import pipeline
-from hadaptive_q.atomic import output_folder, write_text
+from hadaptive_q.atomic import write_text
 from hadaptive_q.data.calibration import DEFAULT_COUNT, Manifest
 from hadaptive_q.lower import executorch
 from hadaptive_q.lower.executorch import Lowered
@@ -209,7 +209,7 @@ def floats_lowered_once() -> Fault:
 
 
 def _rows(out: Path, only: list[str]) -> list[Row]:
-    output_folder(out)
+    out.mkdir(parents=True, exist_ok=True)
     run(out / BASE, [], None, nullcontext())
     hold(out / BASE, [], out / "gate.json", update=True)
     rows: list[Row] = []

@@ -66,8 +66,8 @@ class Baseline(Part):
 
     def write(self, path: Path) -> None:
         """Write the baseline to `path` in one step; its folder is made where it is missing."""
-        output_folder(path.parent)
-        write_text(path, self.model_dump_json(indent=1) + "\n")
+        with output_folder(path.parent):
+            write_text(path, self.model_dump_json(indent=1) + "\n")
 
 
 def make_baseline(report: Report, where: str) -> Baseline:

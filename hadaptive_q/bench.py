@@ -12,6 +12,7 @@ from hadaptive_q.arm.count import count_instructions
 from hadaptive_q.arm.operators import count_operators
 from hadaptive_q.errors import UserError
 from hadaptive_q.lower.cpu_features import wanted_arm_features
+from hadaptive_q.lower.isolated import isolated
 from hadaptive_q.lower.latency import latencies
 from hadaptive_q.lower.runtime import PteFile
 
@@ -19,16 +20,24 @@ from hadaptive_q.lower.runtime import PteFile
 def bench_files(files: Sequence[Path], cores: Sequence[str], operators: bool = False) -> list[dict[str, Any]]:
     """Return the cost of every file: `file`, `bytes`, `wanted_arm_features`, `host_ms_median`, `host_ms_spread`, `arm`.
 
-    Latency is that of `lower.latency`. `arm` holds by core `instructions`, `by_class`, `missing_features` (wanted ones
-    that the core lacks: it took slower kernels), and with `operators` these, summed by name.
+    Files run in a process of their own. Latency is that of `lower.latency`. `arm` holds by core `instructions`,
+    `by_class`, `missing_features` (wanted ones that the core lacks: it took slower kernels), and with `operators`
+    these, summed by name.
     Raises UserError for a file that the runtime refuses, for one with other inputs than a tensor of floats or bytes,
     for an unknown core or a missing emulator, and where operators are wanted of no core.
     """
     if operators and not cores:
         raise UserError("--operators", "no --core", "a core to count on", "add --core cortex-a76")
-    loaded = [PteFile(file) for file in files]
     if cores:
         find_tools()  # before minutes of work
+    names = [str(file) for file in files]
+    return isolated(bench_written, f"file {', '.join(names)}", names, list(cores), operators)
+
+
+def bench_written(names: Sequence[str], cores: Sequence[str], operators: bool) -> list[dict[str, Any]]:
+    """Do the work of `bench_files` for the files called `names` in this very process."""
+    files = [Path(name) for name in names]
+    loaded = [PteFile(file) for file in files]
     measured = latencies(loaded, [file.example() for file in loaded])
     results = []
     for file, (median, spread) in zip(files, measured, strict=True):

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
-import re
+import logging
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from hadaptive_q.arm.cores import CORES, find_core
+from hadaptive_q import options as given
+from hadaptive_q.arm.cores import find_core
 from hadaptive_q.errors import UserError, nearest
+from hadaptive_q.examples import epilog
 from hadaptive_q.interruption import resumable
-from hadaptive_q.lower.file_formats import FORMATS, find_formats
+from hadaptive_q.lower.file_formats import find_formats
 from hadaptive_q.models.config import INPUTS, VARIANTS
+from hadaptive_q.progress import shown
 from hadaptive_q.recipe import Recipe, load_recipe, shipped
 
+log = logging.getLogger(__name__)
 app = typer.Typer(
     help="Quantize and compress Hadaptive-Net for ARM phones, and measure the file that ships.",
     no_args_is_help=True,
@@ -23,17 +27,11 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Data = Annotated[str | None, typer.Option(help="digits, glyphs, a folder of class folders, or hf:NAME.")]
-Out = Annotated[Path | None, typer.Option(help="Folder for the results; runs/RECIPE-DATA unless given.")]
-Checkpoint = Annotated[Path | None, typer.Option(help="Float model to start from: .safetensors or an authors' .pt.")]
-Settings = Annotated[list[str] | None, typer.Option("--set", help="Replace a recipe field: key.path=value.")]
-Seed = Annotated[int | None, typer.Option(help="Seed of every random number.")]
-To = Annotated[str, typer.Option(help=f"Formats: {','.join(FORMATS)}, or some of them; a run has its .pte anyway.")]
-Input = Annotated[
-    str | None,
-    typer.Option("--input", help=f"What the file takes: {', '.join(INPUTS)}; uint8 is RGB bytes, NHWC."),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+
+@app.callback()
+def start(context: typer.Context, quiet: given.Quiet = False) -> None:
+    """Show progress on standard error as long as the command runs; results are on standard output."""
+    context.with_resource(shown(quiet))
 
 
 def _recipe(name: str, settings: list[str] | None, task: Literal["train", "ptq", "qat"], **fields: Any) -> Recipe:
@@ -60,13 +58,14 @@ def _folder(recipe: Recipe, out: Path | None) -> Path:
 
 @app.command()
 def train(
-    model: Annotated[str | None, typer.Option(help=f"One of {', '.join(VARIANTS)}.")] = None,
-    data: Data = None,
-    out: Out = None,
-    recipe: Annotated[str, typer.Option(help="A shipped recipe for train, or a YAML file.")] = "float",
-    set_: Settings = None,
-    seed: Seed = None,
-    as_json: AsJson = False,
+    model: given.Model = None,
+    data: given.Data = None,
+    out: given.Out = None,
+    recipe: given.ARecipe = "float",
+    set_: given.Settings = None,
+    seed: given.Seed = None,
+    tensorboard: given.TensorBoard = None,
+    as_json: given.AsJson = False,
 ) -> None:
     """Train a float network."""
     resolved = _recipe(recipe, set_, "train", model=model, data=data, seed=seed)
@@ -74,7 +73,7 @@ def train(
     from hadaptive_q.pipeline import train_float
 
     folder = _folder(resolved, out)
-    _, trained = resumable(lambda: train_float(resolved, folder), folder)
+    _, trained = resumable(lambda: train_float(resolved, folder, tensorboard=tensorboard), folder)
     accuracy = top1(trained.logits, trained.labels)
     where = folder / "float.safetensors"
     if as_json:
@@ -85,42 +84,48 @@ def train(
 
 @app.command()
 def qat(
-    recipe: Annotated[str, typer.Option(help="A shipped recipe for qat, or a YAML file.")] = "int8",
-    checkpoint: Checkpoint = None,
-    data: Data = None,
-    out: Out = None,
-    input_: Input = None,
-    set_: Settings = None,
-    seed: Seed = None,
-    to: To = "pte",
-    as_json: AsJson = False,
+    recipe: given.ARecipe = "int8",
+    checkpoint: given.Checkpoint = None,
+    data: given.Data = None,
+    out: given.Out = None,
+    input_: given.Input = None,
+    set_: given.Settings = None,
+    seed: given.Seed = None,
+    to: given.To = "pte",
+    tensorboard: given.TensorBoard = None,
+    as_json: given.AsJson = False,
 ) -> None:
     """Quantize with training: float model (trained first if none is given), QAT, .pte, report."""
-    _quantize(_quantizing(recipe, set_, "qat", input_, data=data, seed=seed), checkpoint, out, to, as_json)
+    resolved = _quantizing(recipe, set_, "qat", input_, data=data, seed=seed)
+    _quantize(resolved, checkpoint, out, to, tensorboard, as_json)
 
 
 @app.command()
 def ptq(
-    recipe: Annotated[str, typer.Option(help="A shipped recipe for ptq, or a YAML file.")] = "int8_ptq",
-    checkpoint: Checkpoint = None,
-    data: Data = None,
-    out: Out = None,
-    input_: Input = None,
-    set_: Settings = None,
-    seed: Seed = None,
-    to: To = "pte",
-    as_json: AsJson = False,
+    recipe: given.ARecipe = "int8_ptq",
+    checkpoint: given.Checkpoint = None,
+    data: given.Data = None,
+    out: given.Out = None,
+    input_: given.Input = None,
+    set_: given.Settings = None,
+    seed: given.Seed = None,
+    to: given.To = "pte",
+    tensorboard: given.TensorBoard = None,
+    as_json: given.AsJson = False,
 ) -> None:
     """Quantize without training: float model, calibration, .pte, report."""
-    _quantize(_quantizing(recipe, set_, "ptq", input_, data=data, seed=seed), checkpoint, out, to, as_json)
+    resolved = _quantizing(recipe, set_, "ptq", input_, data=data, seed=seed)
+    _quantize(resolved, checkpoint, out, to, tensorboard, as_json)
 
 
-def _quantize(recipe: Recipe, checkpoint: Path | None, out: Path | None, to: str, as_json: bool) -> None:
+def _quantize(
+    recipe: Recipe, checkpoint: Path | None, out: Path | None, to: str, tensorboard: Path | None, as_json: bool
+) -> None:
     formats = _formats(to)
     from hadaptive_q.pipeline import quantize
 
     folder = _folder(recipe, out)
-    report = resumable(lambda: quantize(recipe, folder, checkpoint, formats), folder)
+    report = resumable(lambda: quantize(recipe, folder, checkpoint, formats, tensorboard), folder)
     if as_json:
         typer.echo(report.model_dump_json(indent=1))
         return
@@ -148,8 +153,8 @@ def _formats(names: str) -> list[str]:
 @app.command("eval")
 def evaluate(
     file: Annotated[Path, typer.Argument(help="A checkpoint, a .pte or an .onnx.")],
-    data: Annotated[str, typer.Option(help="digits, glyphs, a folder of class folders, or hf:NAME.")] = "digits",
-    as_json: AsJson = False,
+    data: given.SomeData = "digits",
+    as_json: given.AsJson = False,
 ) -> None:
     """Measure top-1 and top-5 of a file in its own runtime over the validation split."""
     from hadaptive_q.evaluate import evaluate_file
@@ -164,10 +169,10 @@ def evaluate(
 @app.command()
 def bench(
     files: Annotated[list[Path], typer.Argument(help="One or more .pte files, ours or not.")],
-    core: Annotated[list[str] | None, typer.Option(help=f"Emulated core, repeatable: {', '.join(CORES)}.")] = None,
+    core: given.Cores = None,
     operators: Annotated[bool, typer.Option(help="Break instructions down by operator.")] = False,
     compare: Annotated[Path | None, typer.Option(help="Print every figure as a ratio to this .pte.")] = None,
-    as_json: AsJson = False,
+    as_json: given.AsJson = False,
 ) -> None:
     """Measure latency on this host and instructions per inference on emulated ARM64 cores."""
     from hadaptive_q.bench import bench_files, ratios
@@ -179,10 +184,7 @@ def bench(
     if compare:
         for result in results:
             result["of_compared"] = ratios(result, results[-1])
-    if as_json:
-        typer.echo(json.dumps(results))
-        return
-    typer.echo(bench_listing(results))
+    typer.echo(json.dumps(results) if as_json else bench_listing(results))
 
 
 @app.command()
@@ -194,7 +196,7 @@ def check(
         bool, typer.Option("--update-baseline", help="Make this run the baseline, if it keeps its budgets.")
     ] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Budgets that too few images decide are broken.")] = False,
-    as_json: AsJson = False,
+    as_json: given.AsJson = False,
 ) -> None:
     """Hold a run against budgets and a baseline; exit code 1 where it does not keep one."""
     from hadaptive_q.regress import hold
@@ -208,7 +210,7 @@ def check(
 @app.command()
 def verify(
     path: Annotated[Path, typer.Argument(help="A file with its passport beside it, or the folder of a run.")],
-    as_json: AsJson = False,
+    as_json: given.AsJson = False,
 ) -> None:
     """Hold files against their passports: the same bytes, the same answers; exit code 1 where one is not itself."""
     from hadaptive_q.verify import verify as verify_files
@@ -228,7 +230,7 @@ def explain(
     run: Annotated[Path, typer.Argument(help="The folder of a finished qat or ptq run.")],
     layer: Annotated[list[str] | None, typer.Option(help="Only this module and what is inside it, repeatable.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Validation images, spread over the split.")] = 64,
-    as_json: AsJson = False,
+    as_json: given.AsJson = False,
 ) -> None:
     """Say who is to blame, layer by layer: formats, ranges, SQNR, flips, and the share of the output error.
 
@@ -244,7 +246,7 @@ def explain(
     typer.echo(explanation.model_dump_json(indent=1) if as_json else listing(explanation, whole=bool(layer)))
     if not layer:
         write_explanation(finished, explanation)
-        typer.echo(f"report: {run / 'report.html'}", err=True)
+        log.info("report: %s", run / "report.html")
 
 
 @app.command()
@@ -254,23 +256,21 @@ def search(
     max_drop: Annotated[
         float | None, typer.Option(min=0, help="The most top-1 may lose against float, in points.")
     ] = None,
-    data: Data = None,
-    recipe: Annotated[str | None, typer.Option(help="All but the bits: a run's own, else int4_ptq.")] = None,
+    data: given.Data = None,
+    recipe: given.BaseRecipe = None,
     samples: Annotated[int, typer.Option(min=1, help="Validation images, spread over the split.")] = 2048,
-    core: Annotated[
-        str, typer.Option(help=f"Emulated core to count instructions on: {', '.join(CORES)}.")
-    ] = "cortex-a76",
-    out: Out = None,
-    input_: Input = None,
-    set_: Settings = None,
-    as_json: AsJson = False,
+    core: given.CountedCore = "cortex-a76",
+    out: given.Out = None,
+    input_: given.Input = None,
+    set_: given.Settings = None,
+    as_json: given.AsJson = False,
 ) -> None:
     """Choose layers for 4-bit weights by their noise and write a recipe with them; no training."""
     find_core(core)
     if (target_size is None) == (max_drop is None):
         got = "neither" if target_size is None else "both"
         raise UserError("--target-size and --max-drop", got, "one of them", "such as --target-size 1.4MB")
-    target = None if target_size is None else _bytes(target_size)
+    target = None if target_size is None else given.parse_size(target_size)
     finished = (start / "recipe.yaml").is_file()
     base = recipe or (str(start / "recipe.yaml") if finished else "int4_ptq")
     task = load_recipe(base).task
@@ -289,20 +289,12 @@ def search(
     typer.echo(f"recipe: {recipe_file(resolved, folder)}; plot: {folder / 'search.png'}")
 
 
-def _bytes(text: str) -> int:
-    """Return the number of bytes that `text` means, with decimal prefixes."""
-    found = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*([kMG]?)B?", text.strip())
-    if not found or not float(found[1]):
-        raise UserError(f"--target-size {text}", "no size", "a number of bytes, with kB or MB behind it", "1.4MB")
-    return int(float(found[1]) * 1000 ** " kMG".index(found[2] or " ") + 0.5)
-
-
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="The folder of a finished qat or ptq run.")],
-    to: To = "onnx",
+    to: given.To = "onnx",
     out: Annotated[Path | None, typer.Option(help="Folder for the files; the run's own unless given.")] = None,
-    as_json: AsJson = False,
+    as_json: given.AsJson = False,
 ) -> None:
     """Write the quantized program of a finished run in other formats."""
     formats = _formats(to)
@@ -333,10 +325,10 @@ def import_(
 
 @app.command()
 def info(
-    model: Annotated[str, typer.Argument(help="A variant's name or a checkpoint.")],
+    model: given.ModelOrFile,
     classes: Annotated[int, typer.Option(min=1, help="Classes of a variant; a checkpoint has its own.")] = 100,
     image_size: Annotated[int, typer.Option(min=1, help="Side of the input in pixels.")] = 224,
-    as_json: AsJson = False,
+    as_json: given.AsJson = False,
 ) -> None:
     """Print parameters, multiply-accumulates and stages."""
     if model not in VARIANTS and not Path(model).exists():
@@ -367,7 +359,7 @@ def info(
 
 
 @app.command()
-def recipes(as_json: AsJson = False) -> None:
+def recipes(as_json: given.AsJson = False) -> None:
     """List the shipped recipes."""
     found = {name: load_recipe(name) for name in shipped("recipes")}
     if as_json:
@@ -376,3 +368,22 @@ def recipes(as_json: AsJson = False) -> None:
     for name, path in shipped("recipes").items():
         purpose = path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
         typer.echo(f"{name:14} {found[name].task:6} {purpose}")
+
+
+@app.command()
+def doctor(
+    run: Annotated[bool, typer.Option("--run", help="Also lower a tiny network and run it: some seconds.")] = False,
+    as_json: given.AsJson = False,
+) -> None:
+    """Say what this environment has and what is missing; exit code 1 where the main job cannot work."""
+    from hadaptive_q.doctor import examine, listing, works
+
+    findings = examine(run)
+    typer.echo(json.dumps([vars(finding) for finding in findings]) if as_json else listing(findings))
+    if not works(findings):
+        raise typer.Exit(1)
+
+
+for _command in app.registered_commands:
+    assert _command.callback
+    _command.epilog = epilog(_command.name or _command.callback.__name__)

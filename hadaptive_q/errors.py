@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
 
 
 class UserError(Exception):
@@ -23,3 +24,11 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     """Return ``did you mean 'x'?`` for the choice nearest to `word`, or an empty string."""
     found = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
     return f"did you mean {found[0]!r}?" if found else ""
+
+
+def require(where: str, extra: str, packages: Sequence[str]) -> None:
+    """Raise UserError unless all `packages` of the package's extra are installed."""
+    missing = [package for package in packages if find_spec(package) is None]
+    if missing:
+        got = f"no {', '.join(missing)} in this environment"
+        raise UserError(where, got, f"the packages of the extra '{extra}'", f"pip install {' '.join(packages)}")

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from hadaptive_q.atomic import output_folder
+from hadaptive_q.data.datasets import spread
 from hadaptive_q.data.transforms import normalise
 from hadaptive_q.errors import UserError, nearest
 from hadaptive_q.lower.parity import sqnr_db
-from hadaptive_q.pipeline import spread
 from hadaptive_q.quant.sites import find_sites
 from hadaptive_q.report.ach import explain_ach
 from hadaptive_q.report.blame import measure_blame

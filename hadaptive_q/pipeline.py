@@ -9,8 +9,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,15 +20,13 @@ from torch.fx import GraphModule
 
 from hadaptive_q import atomic
 from hadaptive_q.data.calibration import Manifest, batches, find_manifest, resolve
-from hadaptive_q.data.datasets import ImageData, digest
+from hadaptive_q.data.datasets import ImageData
 from hadaptive_q.data.sources import open_data
-from hadaptive_q.data.transforms import normalise
 from hadaptive_q.errors import UserError
-from hadaptive_q.lower.cpu_features import wanted_arm_features
-from hadaptive_q.lower.executorch import Lowered, lower
-from hadaptive_q.lower.file_formats import FORMATS, ModelFile, find_formats, open_file
-from hadaptive_q.lower.parity import agreement, compare, output_scale, sqnr_db, top1, topk
+from hadaptive_q.lower.executorch import lower
+from hadaptive_q.lower.file_formats import FORMATS, ModelFile, find_formats
 from hadaptive_q.lower.runtime import PteFile
+from hadaptive_q.measurement import Answers, FloatModel, find_answers, measure_run
 from hadaptive_q.models.checkpoint import load_model, read_training_key, save_model
 from hadaptive_q.models.config import VARIANTS, Preprocess
 from hadaptive_q.models.hadaptive_net import HadaptiveNet, create_model
@@ -38,60 +37,44 @@ from hadaptive_q.quant.backends.select import Backend, find_backend
 from hadaptive_q.quant.backends.torchao_pt2e import Calibrated
 from hadaptive_q.quant.damping import oscillation_damping
 from hadaptive_q.quant.gptq import round_with_feedback
-from hadaptive_q.quant.interpreter import IntegerProgram
 from hadaptive_q.quant.plan import make_plan
 from hadaptive_q.quant.program import QuantizedProgram, export_graph
 from hadaptive_q.recipe import Recipe
-from hadaptive_q.report import measure
-from hadaptive_q.report.answers import record_answers
 from hadaptive_q.report.passport import drop_passport
-from hadaptive_q.report.record import Accuracy, CoverageRecord, InputRecord, ParityRecord, Report, Size, versions
+from hadaptive_q.report.record import Report
 from hadaptive_q.report.render import write_report_pages
 from hadaptive_q.rewrite.deploy import deploy_graph
 from hadaptive_q.rewrite.drop_no_ops import drop_no_ops
 from hadaptive_q.rewrite.freeze_selection import freeze_selection
-from hadaptive_q.train.loop import Training, discard_state, predict, train
+from hadaptive_q.train.loop import Training, check_tensorboard, discard_state, predict, train
 from hadaptive_q.train.losses import fit_loss, float_loss
 from hadaptive_q.train.observe import ObservedGraph, ObservedModel
 
-LAYER_SAMPLES = 256
+log = logging.getLogger(__name__)
 QAT_STATE = "qat.state"
 
 
-@dataclass(frozen=True)
-class FloatModel:
-    """A trained float network and its logits over the validation split."""
-
-    model: HadaptiveNet
-    logits: Tensor
-    labels: Tensor
-
-
-@dataclass(frozen=True)
-class Answers:
-    """Logits over the validation split, by form; `onnx` where `model.onnx` was written."""
-
-    quantized: Tensor
-    pte: Tensor
-    float_pte: Tensor
-    onnx: Tensor | None
-
-
-def train_float(recipe: Recipe, out: Path, checkpoint: Path | None = None) -> tuple[ImageData, FloatModel]:
+def train_float(
+    recipe: Recipe, out: Path, checkpoint: Path | None = None, tensorboard: Path | None = None
+) -> tuple[ImageData, FloatModel]:
     """Open the data and return the float model: from `checkpoint`, from a finished run in `out`, or trained now.
 
+    A training logs its steps into the folder `tensorboard`.
     Raises UserError where the checkpoint and the data do not fit.
     """
+    check_tensorboard(tensorboard)
     with atomic.output_folder(out):
-        return _float_model(recipe, out, checkpoint)
+        return _float_model(recipe, out, checkpoint, tensorboard)
 
 
-def _float_model(recipe: Recipe, out: Path, checkpoint: Path | None) -> tuple[ImageData, FloatModel]:
+def _float_model(
+    recipe: Recipe, out: Path, checkpoint: Path | None, tensorboard: Path | None
+) -> tuple[ImageData, FloatModel]:
     given = load_model(checkpoint) if checkpoint else None
     data = open_data_for(recipe, given)
     # Of an earlier run in this folder: with its last file gone, what is there no longer counts as finished.
     (out / "report.json").unlink(missing_ok=True)
-    model = given or _trained(recipe, data, out)
+    model = given or _trained(recipe, data, out, tensorboard)
     if given:
         model.preprocess = data.preprocess
         drop_passport(out / "float.safetensors")
@@ -102,20 +85,30 @@ def _float_model(recipe: Recipe, out: Path, checkpoint: Path | None) -> tuple[Im
     return data, FloatModel(model, logits, labels)
 
 
-def quantize(recipe: Recipe, out: Path, checkpoint: Path | None = None, to: Sequence[str] = ("pte",)) -> Report:
+def quantize(
+    recipe: Recipe,
+    out: Path,
+    checkpoint: Path | None = None,
+    to: Sequence[str] = ("pte",),
+    tensorboard: Path | None = None,
+) -> Report:
     """Run a ``ptq`` or ``qat`` recipe into the folder `out` and return its report.
 
     `out` gets `model.pte`, `float.pte`, the checkpoints, the resolved recipe and calibration, and the report; and
-    `model.FORMAT` for what else `to` names. Each file appears whole; the report is the last.
+    `model.FORMAT` for what else `to` names. Each file appears whole; the report is the last. Trainings log their steps
+    into the folder `tensorboard`.
     """
+    check_tensorboard(tensorboard)
     find_formats(to)
     find_backend(recipe.quantize.backend)  # raises before any training where it is not installed
     with atomic.output_folder(out):
-        return _quantize(recipe, out, checkpoint, to)
+        return _quantize(recipe, out, checkpoint, to, tensorboard)
 
 
-def _quantize(recipe: Recipe, out: Path, checkpoint: Path | None, to: Sequence[str]) -> Report:
-    data, reference = _float_model(recipe, out, checkpoint)
+def _quantize(
+    recipe: Recipe, out: Path, checkpoint: Path | None, to: Sequence[str], tensorboard: Path | None
+) -> Report:
+    data, reference = _float_model(recipe, out, checkpoint, tensorboard)
     manifest = resolve(find_manifest(recipe.calibration.manifest, data), data)
     atomic.write_text(out / "recipe.yaml", recipe.to_yaml())
     atomic.write_text(out / "calibration.yaml", manifest.to_yaml())
@@ -126,12 +119,13 @@ def _quantize(recipe: Recipe, out: Path, checkpoint: Path | None, to: Sequence[s
     if recipe.quantize.selection == "static":
         chosen = freeze_selection(model, batches(manifest, seen, recipe.calibration.batch_size))
         atomic.write_text(out / "selection.json", json.dumps(chosen) + "\n")
-    program = quantized_program(recipe, model, seen, manifest, out, teacher)
+    program = quantized_program(recipe, model, seen, manifest, out, teacher, tensorboard)
     deploy = deploy_graph(model, data.preprocess.image_size)
 
     # The float file is the network as trained: its selection is not frozen, and it takes normalised images.
     float_graph = deploy_graph(reference.model, data.preprocess.image_size)
     drop_no_ops(float_graph)
+    log.info("lowering")
     float_pte = lower(export_graph(float_graph, data.preprocess.image_size))
     quantized_pte = lower(program.export())
     write_checked(out / "float.pte", float_pte.data, PteFile, data)
@@ -143,8 +137,9 @@ def _quantize(recipe: Recipe, out: Path, checkpoint: Path | None, to: Sequence[s
         if name != "pte":
             write_checked(out / f"model.{name}", format_.lower(program), format_.open, data)
 
-    answers = _answers(out, data, program)
-    report = _measure(recipe, out, data, reference, model, manifest, program, deploy, quantized_pte, answers)
+    log.info("running the files over %d validation images", len(data.val))
+    answers = find_answers(out, data, program)
+    report = measure_run(recipe, out, data, reference, model, manifest, program, deploy, quantized_pte, answers)
     origin = Origin(recipe, report.model, data.preprocess, reference.labels, manifest.digest)
     _write_passports(out, origin, program, answers)
     (out / "explain.json").unlink(missing_ok=True)  # of an earlier run in this folder
@@ -155,14 +150,22 @@ def _quantize(recipe: Recipe, out: Path, checkpoint: Path | None, to: Sequence[s
 
 
 def quantized_program(
-    recipe: Recipe, model: HadaptiveNet, data: ImageData, manifest: Manifest, out: Path, teacher: HadaptiveNet
+    recipe: Recipe,
+    model: HadaptiveNet,
+    data: ImageData,
+    manifest: Manifest,
+    out: Path,
+    teacher: HadaptiveNet,
+    tensorboard: Path | None = None,
 ) -> QuantizedProgram:
     """Prepare, calibrate, fit where the recipe trains, and convert `model`; `teacher` is the network as trained."""
     inputs = list(batches(manifest, data, recipe.calibration.batch_size))
     backend = find_backend(recipe.quantize.backend)
+    log.info("calibrating on %d images", len(manifest.indices or ()))
     calibrated = calibrate(recipe, deploy_graph(model, data.preprocess.image_size), inputs)
     if recipe.fit:
-        _fit(recipe, backend, calibrated, teacher, data, manifest, out)
+        log.info("training under quantization: %d epochs", recipe.fit.epochs)
+        _fit(recipe, backend, calibrated, teacher, data, manifest, out, tensorboard)
     drop_passport(out / "quantized.safetensors")
     atomic.write_bytes(out / "quantized.safetensors", torchao_pt2e.saved(calibrated))
     return torchao_pt2e.convert(calibrated, data.preprocess, recipe.quantize.input)
@@ -196,6 +199,7 @@ def _fit(
     data: ImageData,
     manifest: Manifest,
     out: Path,
+    tensorboard: Path | None,
 ) -> None:
     fit = recipe.fit
     assert fit is not None
@@ -220,6 +224,7 @@ def _fit(
             oscillation_damping(calibrated.graph, fit.damping) if fit.damping else None,
         ),
         on_epoch=on_epoch,
+        tensorboard=tensorboard,
     )
     train(ObservedGraph(calibrated.graph, teacher.config.slot_order), data, training)
     backend.end_fit(calibrated)
@@ -253,20 +258,22 @@ def _few(classes: tuple[str, ...]) -> str:
     return ", ".join(classes[:3]) + (", ..." if len(classes) > 3 else "")
 
 
-def _trained(recipe: Recipe, data: ImageData, out: Path) -> HadaptiveNet:
+def _trained(recipe: Recipe, data: ImageData, out: Path, tensorboard: Path | None) -> HadaptiveNet:
     target = out / "float.safetensors"
     parts = [recipe.model, recipe.slot_order, recipe.data, recipe.seed, recipe.float.model_dump(mode="json")]
     key = hashlib.sha256(json.dumps([*parts, data.preprocess.model_dump(mode="json")]).encode()).hexdigest()
     training = Training(recipe.float, recipe.seed, "float", out / "float.state", key)
     if read_training_key(target) == key:
         discard_state(training)  # of a run that was killed just before
+        log.info("%s is of this very training: kept", target)
         return load_model(target)
     _check_layers(recipe, data)
+    log.info("training %s: %d epochs of %d images", recipe.model, recipe.float.epochs, len(data.train))
     torch.manual_seed(recipe.seed)
     model = create_model(recipe.model, data.num_classes, slot_order=recipe.slot_order)
     model.preprocess = data.preprocess
     student = ObservedModel(model)
-    train(student.train(), data, replace(training, loss=float_loss(recipe.float, student)))
+    train(student.train(), data, replace(training, loss=float_loss(recipe.float, student), tensorboard=tensorboard))
     drop_passport(target)
     save_model(model, target, key)
     discard_state(training)
@@ -300,92 +307,7 @@ def write_checked(path: Path, content: bytes, opened: Callable[[Path], ModelFile
 
     drop_passport(path)
     atomic.write_with(path, write)
-
-
-def _measure(
-    recipe: Recipe,
-    out: Path,
-    data: ImageData,
-    reference: FloatModel,
-    deployed: HadaptiveNet,
-    manifest: Manifest,
-    program: QuantizedProgram,
-    deploy: GraphModule,
-    lowered: Lowered,
-    answers: Answers,
-) -> Report:
-    labels = reference.labels
-    quantized, shipped, onnx = answers.quantized, answers.pte, answers.onnx
-    file, float_file = PteFile(out / "model.pte"), PteFile(out / "float.pte")
-    scale = output_scale(program.graph)
-    parity = compare(quantized, shipped, scale)
-    onnx_parity = {} if onnx is None else asdict(compare(quantized, onnx, scale))
-    integers, _ = predict(IntegerProgram(program), data.val, program.preprocess)
-    static = recipe.quantize.selection == "static"
-    frozen = predict(deployed.eval(), data.val, program.preprocess)[0] if static else None
-    images = torch.stack([data.val[i][0] for i in spread(len(data.val), LAYER_SAMPLES)])
-    inputs = normalise(images, program.preprocess)
-    overlap = measure.train_eval_overlap(reference.model, normalise(images, data.preprocess))
-    return Report(
-        model=reference.model.config.name,
-        recipe=recipe.name,
-        recipe_digest=recipe.digest(),
-        calibration_digest=manifest.digest or "",
-        data=data.name,
-        seed=recipe.seed,
-        settings=recipe.model_dump(mode="json"),
-        versions=versions(recipe.quantize.backend, *(() if onnx is None else FORMATS["onnx"].packages)),
-        accuracy=Accuracy(
-            samples=len(labels),
-            float_top1=top1(reference.logits, labels),
-            quantized_top1=top1(quantized, labels),
-            pte_top1=top1(shipped, labels),
-            onnx_top1=None if onnx is None else top1(onnx, labels),
-            float_top5=topk(reference.logits, labels, 5),
-            pte_top5=topk(shipped, labels, 5),
-        ),
-        answers=record_answers(
-            digest(data.val, range(len(labels))),
-            labels.tolist(),
-            *(logits.argmax(dim=1) == labels for logits in (reference.logits, shipped)),
-        ),
-        size=Size(
-            float_pte_bytes=(out / "float.pte").stat().st_size,
-            pte_bytes=len(lowered.data),
-            pte_deflated_bytes=measure.deflated_bytes(lowered.data),
-            onnx_bytes=None if onnx is None else (out / "model.onnx").stat().st_size,
-        ),
-        parity=ParityRecord(
-            top1_agreement=parity.top1_agreement,
-            changed_fraction=parity.changed_fraction,
-            max_codes=parity.max_codes,
-            sqnr_db=parity.sqnr_db,
-            integer_identical=float((integers == shipped).all(dim=1).double().mean()),
-            float_agreement=agreement(reference.logits, shipped),
-            float_sqnr_db=sqnr_db(reference.logits, shipped),
-            frozen_agreement=None if frozen is None else agreement(frozen, shipped),
-            frozen_sqnr_db=None if frozen is None else sqnr_db(frozen, shipped),
-            **{f"onnx_{key}": value for key, value in onnx_parity.items()},
-        ),
-        coverage=CoverageRecord(
-            **asdict(lowered.coverage), wanted_arm_features=list(wanted_arm_features(lowered.data))
-        ),
-        input=InputRecord(dtype=file.input.dtype, shape=list(file.input.shape)),
-        ach=measure.measure_ach(deploy, program, inputs, overlap),
-        layers=measure.measure_layers(deploy, program, inputs),
-        weights=measure.measure_weights(deploy, program),
-        latency=measure.measure_latency(file, float_file, images[:1], data.preprocess),
-    )
-
-
-def _answers(out: Path, data: ImageData, program: QuantizedProgram) -> Answers:
-    onnx = out / "model.onnx"
-    return Answers(
-        quantized=predict(program.graph, data.val, program.preprocess)[0],
-        pte=PteFile(out / "model.pte").predict(data.val, data.preprocess),
-        float_pte=PteFile(out / "float.pte").predict(data.val, data.preprocess),
-        onnx=open_file(onnx).predict(data.val, data.preprocess) if onnx.is_file() else None,
-    )
+    log.info("%s: %d bytes", path, len(content))
 
 
 def _write_passports(out: Path, origin: Origin, program: QuantizedProgram, answers: Answers) -> None:
@@ -394,8 +316,3 @@ def _write_passports(out: Path, origin: Origin, program: QuantizedProgram, answe
     origin.of_file(out / "model.pte", answers.pte, program)
     if answers.onnx is not None:
         origin.of_file(out / "model.onnx", answers.onnx, program)
-
-
-def spread(length: int, count: int) -> list[int]:
-    """Return at most `count` indices spread evenly over ``range(length)``: splits are often sorted by class."""
-    return [i * length // min(length, count) for i in range(min(length, count))]

@@ -25,7 +25,7 @@ from hadaptive_q import atomic
 from hadaptive_q.arm.build import missing
 from hadaptive_q.arm.count import count_instructions
 from hadaptive_q.data.calibration import Manifest, batches, find_manifest, resolve
-from hadaptive_q.data.datasets import ImageData, TensorSplit
+from hadaptive_q.data.datasets import ImageData, TensorSplit, spread
 from hadaptive_q.errors import UserError
 from hadaptive_q.lower.executorch import lower
 from hadaptive_q.lower.layer_costs import instructions_added
@@ -33,7 +33,7 @@ from hadaptive_q.lower.parity import top1
 from hadaptive_q.models.checkpoint import load_model
 from hadaptive_q.models.config import VARIANTS
 from hadaptive_q.models.hadaptive_net import HadaptiveNet
-from hadaptive_q.pipeline import calibrate, on_file_inputs, open_data_for, prepare, spread, weights_digest
+from hadaptive_q.pipeline import calibrate, on_file_inputs, open_data_for, prepare, weights_digest
 from hadaptive_q.quant.assignment import choose
 from hadaptive_q.quant.backends import torchao_pt2e
 from hadaptive_q.quant.plan import exceptions

@@ -155,10 +155,15 @@ def test_control_c_says_what_is_kept(
             (tmp_path / name).touch()
         os.kill(os.getpid(), signal.SIGINT)
 
+    # A job in the background is born deaf to Ctrl-C; these tests may be one.
+    deaf = signal.signal(signal.SIGINT, signal.default_int_handler)
     monkeypatch.setattr(pipeline, "_quantize", interrupted)
     monkeypatch.setattr(sys, "argv", ["hadaptive-q", "qat", "--out", str(tmp_path)])
-    with pytest.raises(SystemExit) as ended:
-        main()
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main()
+    finally:
+        signal.signal(signal.SIGINT, deaf)
     assert ended.value.code == 130
     wanted = f"hadaptive-q: interrupted; {tmp_path} keeps {said}; the same command goes on from there\n"
     assert capfd.readouterr().err == wanted

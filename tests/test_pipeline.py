@@ -12,11 +12,10 @@ import pytest
 import torch
 from torch.export import ExportedProgram
 
-from hadaptive_q import pipeline
+from hadaptive_q import errors, pipeline
 from hadaptive_q.data.sources import open_data
 from hadaptive_q.errors import UserError
 from hadaptive_q.evaluate import evaluate_file, evaluate_written
-from hadaptive_q.lower import file_formats
 from hadaptive_q.lower.executorch import Lowered, lower
 from hadaptive_q.lower.file_input import FileInput
 from hadaptive_q.lower.parity import sqnr_db, top1
@@ -196,7 +195,7 @@ def test_infinite_activations_are_named(tmp_path: Path) -> None:
 def test_a_format_whose_packages_are_missing_is_refused_before_any_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(file_formats, "find_spec", lambda name: None if name == "onnxscript" else object())
+    monkeypatch.setattr(errors, "find_spec", lambda name: None if name == "onnxscript" else object())
     with pytest.raises(UserError, match=r"format onnx: got no onnxscript .*pip install onnx onnxscript onnxruntime"):
         quantize(small("int8"), tmp_path / "out", to=("onnx",))
     with pytest.raises(UserError, match="pip install"):

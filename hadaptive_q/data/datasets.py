@@ -69,6 +69,11 @@ def labels_of(split: Split) -> Tensor:
     return torch.tensor([split[index][1] for index in range(len(split))])
 
 
+def spread(length: int, count: int) -> list[int]:
+    """Return at most `count` indices spread evenly over ``range(length)``: splits are often sorted by class."""
+    return [i * length // min(length, count) for i in range(min(length, count))]
+
+
 def digest(split: Split, indices: Sequence[int]) -> str:
     """Return ``sha256:...`` over the identities of `indices`, in order."""
     state = hashlib.sha256()

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from hadaptive_q.errors import UserError, nearest
+from hadaptive_q.errors import UserError, nearest, require
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,7 +77,7 @@ def find_formats(names: Sequence[str]) -> dict[str, FileFormat]:
     for name in names:
         if name not in FORMATS:
             raise UserError(f"--to {name}", "an unknown format", f"one of {', '.join(FORMATS)}", nearest(name, FORMATS))
-        _require(name)
+        require(f"format {name}", name, FORMATS[name].packages)
     return {name: FORMATS[name] for name in names}
 
 
@@ -86,15 +85,3 @@ def open_file(path: Path) -> ModelFile:
     """Open `path` by its suffix. Raises UserError where its runtime is not installed or refuses it."""
     (format_,) = find_formats([path.suffix.removeprefix(".")]).values()
     return format_.open(path)
-
-
-def _require(name: str) -> None:
-    packages = FORMATS[name].packages
-    missing = [package for package in packages if find_spec(package) is None]
-    if missing:
-        raise UserError(
-            f"format {name}",
-            f"no {', '.join(missing)} in this environment",
-            f"the packages of the extra '{name}'",
-            f"pip install {' '.join(packages)}",
-        )

@@ -6,6 +6,7 @@ to the very same weights on CPU.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +22,14 @@ from torch.utils.data import DataLoader
 
 from hadaptive_q.data.datasets import ImageData, Split
 from hadaptive_q.data.transforms import Augment, normalise
+from hadaptive_q.errors import require
 from hadaptive_q.models.ach import ACH
 from hadaptive_q.models.config import Preprocess
 from hadaptive_q.recipe import TrainConfig
 from hadaptive_q.train.resume import load_state, save_state
 from hadaptive_q.train.schedule import learning_rate_factor, noise_factor
 
+log = logging.getLogger(__name__)
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 MAX_GRADIENT_NORM = 5.0
 SCALAR_RATE = 0.1
@@ -36,7 +39,8 @@ SCALAR_RATE = 0.1
 class Training:
     """What one training needs besides the model: the settings, a seed and where an interrupted state is kept.
 
-    `loss(model, inputs, labels)` replaces cross entropy; `on_epoch(model, epoch)` runs before every epoch.
+    `loss(model, inputs, labels)` replaces cross entropy; `on_epoch(model, epoch)` runs before every epoch. Loss,
+    learning rate and norm of the gradient of every step go to TensorBoard in the folder `tensorboard`, as run `title`.
     """
 
     config: TrainConfig
@@ -46,6 +50,7 @@ class Training:
     key: str = ""
     loss: Loss | None = None
     on_epoch: Callable[[nn.Module, int], None] | None = None
+    tensorboard: Path | None = None
 
 
 def train(model: nn.Module, data: ImageData, training: Training) -> nn.Module:
@@ -54,7 +59,7 @@ def train(model: nn.Module, data: ImageData, training: Training) -> nn.Module:
     AdamW, linear warm-up, cosine decay; norms, biases and vectors are not decayed, scalars move at a tenth.
     """
     config = training.config
-    accelerator = _accelerator(config.precision)
+    accelerator = _accelerator(config.precision, training.tensorboard)
     # Set after Accelerator, which may touch the global generator.
     torch.manual_seed(training.seed)
     batches = max(1, len(data.train) // config.batch_size)
@@ -67,6 +72,9 @@ def train(model: nn.Module, data: ImageData, training: Training) -> nn.Module:
     average = {n: p.detach().clone() for n, p in model.named_parameters()} if config.ema else {}
     first = _restore(model, optimizer, scheduler, average, training)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
+    # An interrupted epoch runs again: what it logged the first time goes.
+    purge = {"tensorboard": {"purge_step": first * batches}}
+    accelerator.init_trackers(training.title, init_kwargs=purge)
     loss_of = training.loss or _cross_entropy(config.label_smoothing)
     with _progress(training.title, steps, first * batches) as advance:
         for epoch in range(first, config.epochs):
@@ -81,7 +89,14 @@ def train(model: nn.Module, data: ImageData, training: Training) -> nn.Module:
                 if not torch.isfinite(loss):
                     raise FloatingPointError(f"{training.title}: loss is {loss.item()} in epoch {epoch + 1}")
                 accelerator.backward(loss)
-                accelerator.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
+                norm = accelerator.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
+                if training.tensorboard:
+                    figures = {
+                        "loss": loss.item(),
+                        "learning_rate": optimizer.param_groups[0]["lr"],
+                        "gradient_norm": float(norm),
+                    }
+                    accelerator.log(figures, step=epoch * batches + index)
                 optimizer.step()
                 scheduler.step()
                 optimizer.zero_grad()
@@ -96,6 +111,7 @@ def train(model: nn.Module, data: ImageData, training: Training) -> nn.Module:
                     "epoch": epoch + 1,
                 }
                 save_state(training.state_file, training.key, state)
+    accelerator.end_training()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name in average:
@@ -156,9 +172,16 @@ def _cross_entropy(label_smoothing: float) -> Loss:
     return loss
 
 
-def _accelerator(precision: str) -> Accelerator:
+def check_tensorboard(folder: Path | None) -> None:
+    """Raise UserError where `folder` asks for TensorBoard and it is not installed."""
+    if folder:
+        require("--tensorboard", "tensorboard", ["tensorboard"])
+
+
+def _accelerator(precision: str, tensorboard: Path | None) -> Accelerator:
     AcceleratorState._reset_state()  # the precision of an earlier training in this process would stick
-    return Accelerator(mixed_precision=_precision(precision))
+    log_with = "tensorboard" if tensorboard else None
+    return Accelerator(mixed_precision=_precision(precision), log_with=log_with, project_dir=tensorboard)
 
 
 def _precision(name: str) -> str:
@@ -212,7 +235,7 @@ def _restore(
 
 
 class _progress:
-    """A progress bar on standard error with the loss beside it."""
+    """A progress bar on standard error with the loss beside it, for those who listen to notes."""
 
     def __init__(self, title: str, steps: int, done: int) -> None:
         columns = (
@@ -223,7 +246,8 @@ class _progress:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
-        self.bar = Progress(*columns, console=Console(stderr=True))
+        silent = not log.isEnabledFor(logging.INFO)
+        self.bar = Progress(*columns, console=Console(stderr=True), disable=silent)
         self.task = self.bar.add_task(title, total=steps, completed=done, loss=float("nan"))
 
     def __enter__(self) -> Callable[[float], None]:

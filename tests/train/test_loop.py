@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hadaptive_q import errors, pipeline
 from hadaptive_q.data.datasets import ImageData, TensorSplit
 from hadaptive_q.data.transforms import normalise
 from hadaptive_q.errors import UserError
 from hadaptive_q.models.hadaptive_net import HadaptiveNet, create_model
-from hadaptive_q.recipe import AugmentConfig, TrainConfig
+from hadaptive_q.recipe import AugmentConfig, TrainConfig, load_recipe
 from hadaptive_q.rewrite.graph import trace
 from hadaptive_q.train.loop import Training, discard_state, predict, train
 from hadaptive_q.train.resume import load_state, save_state
@@ -254,3 +255,29 @@ def test_predict_answers_a_whole_split_in_order(few_digits: ImageData, nano: Had
         image = normalise(few_digits.val[index][0][None], few_digits.preprocess)
         with torch.no_grad():
             torch.testing.assert_close(logits[index : index + 1], nano(image), rtol=1e-4, atol=1e-5)
+
+
+def test_curves_for_tensorboard_leave_the_weights_alone(few_digits: ImageData, tmp_path: Path) -> None:
+    """The event file read back by the library that will show it; a killed epoch's steps are there once."""
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    logged = Training(CONFIG, 1, "float", tmp_path / "state", "key", tensorboard=tmp_path / "curves")
+    with pytest.raises(Killed):
+        train(fresh(), few_digits, replace(logged, on_epoch=killer(2)))
+    assert_same(train(fresh(), few_digits, logged), train(fresh(), few_digits, Training(CONFIG, 1, "float")))
+    found = events.EventAccumulator(str(tmp_path / "curves" / "float")).Reload()
+    assert set(found.Tags()["scalars"]) == {"loss", "learning_rate", "gradient_norm"}
+    losses = found.Scalars("loss")
+    assert [event.step for event in losses] == list(range(9)), "three epochs of three steps"
+    assert all(0 < event.value < 10 for event in losses)
+    rates = [event.value for event in found.Scalars("learning_rate")]
+    assert rates[0] == pytest.approx(CONFIG.lr)
+    assert rates == sorted(rates, reverse=True), "a cosine, also where the killed run went on"
+
+
+def test_tensorboard_that_is_not_installed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(errors, "find_spec", lambda _: None)
+    with pytest.raises(UserError, match=r"--tensorboard: got no tensorboard .*pip install tensorboard"):
+        pipeline.quantize(load_recipe("int8"), tmp_path / "out", tensorboard=tmp_path / "curves")
+    with pytest.raises(UserError, match="pip install tensorboard"):
+        pipeline.train_float(load_recipe("float"), tmp_path / "out", tensorboard=tmp_path / "curves")
+    assert not list(tmp_path.iterdir())
