@@ -53,7 +53,8 @@ def _quantizing(
 
 
 def _folder(recipe: Recipe, out: Path | None) -> Path:
-    return out or Path("runs") / f"{recipe.name}-{Path(recipe.data.removeprefix('hf:')).stem}"
+    source = recipe.data.removeprefix("hf:").removeprefix("hf-stream:").partition("#")[0]
+    return out or Path("runs") / f"{recipe.name}-{Path(source).stem}"
 
 
 @app.command()

@@ -19,6 +19,9 @@ class UserError(Exception):
         line = f"{where}: got {got}; expected {expected}"
         super().__init__(" ".join((line + (f"; {remedy}" if remedy else "")).split()))
 
+    def __reduce__(self) -> tuple[type[UserError], tuple[str, ...]]:
+        return type(self), (self.where, self.got, self.expected, self.remedy)
+
 
 def nearest(word: str, choices: Iterable[str]) -> str:
     """Return ``did you mean 'x'?`` for the choice nearest to `word`, or an empty string."""

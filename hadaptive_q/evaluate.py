@@ -28,8 +28,9 @@ def evaluate_file(file: Path, data_name: str) -> dict[str, float | int | str]:
         find_formats([file.suffix.removeprefix(".")])
         return isolated(evaluate_written, f"file {file}", str(file), data_name)
     model = load_model(file)
-    data = open_data(data_name, model.preprocess.image_size if model.preprocess else None)
-    logits, labels = predict(model, data.val, model.preprocess or data.preprocess)
+    trained = model.preprocess
+    data = open_data(data_name, trained.image_size, trained.crop) if trained else open_data(data_name)
+    logits, labels = predict(model, data.val, trained or data.preprocess)
     return _result(file, logits, labels, data)
 
 
@@ -37,8 +38,9 @@ def evaluate_written(name: str, data_name: str) -> dict[str, float | int | str]:
     """Do the work of `evaluate_file` for the `.pte` or `.onnx` called `name` in this very process."""
     file = Path(name)
     written = open_file(file)
-    data = open_data(data_name, written.input.image_size)
-    logits = written.predict(data.val, _beside(file) or data.preprocess)
+    beside = _beside(file)
+    data = open_data(data_name, written.input.image_size, beside.crop if beside else None)
+    logits = written.predict(data.val, beside or data.preprocess)
     return _result(file, logits, labels_of(data.val), data)
 
 

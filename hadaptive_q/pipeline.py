@@ -234,7 +234,8 @@ def open_data_for(recipe: Recipe, given: HadaptiveNet | None) -> ImageData:
     """Open the recipe's data the way `given` was trained to see images."""
     trained = given.preprocess if given else None
     size = recipe.image_size or (trained.image_size if trained else None)
-    data = open_data(recipe.data, size)
+    crop = recipe.crop or (trained.crop if trained else None)
+    data = open_data(recipe.data, size, crop, recipe.workers)
     config = given.config if given else VARIANTS[recipe.model]
     if data.preprocess.image_size < config.stride:
         raise UserError(

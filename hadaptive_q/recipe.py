@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 import re
 import typing
 from collections.abc import Hashable, Mapping
@@ -30,17 +31,26 @@ ImageSize = Annotated[int, Field(gt=0, le=4096)]
 LAYER_KEYS = "quantize.layers."
 
 
+# Fields that came later are left out where they have no effect (`exclude_if`): a recipe keeps the digest it had.
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class AugmentConfig(_Section):
-    """Random changes to a training batch, each a maximum; mirroring happens only where the data allows it."""
+    """Random changes to a training batch, each a maximum; mirroring happens only where the data allows it.
+
+    Crops of at least `least_area` of an image become the square (1: none). `randaugment` is the magnitude, of 30, of
+    RandAugment's two operations; `mixup` and `cutmix` are the parameters of the Beta distributions of shares.
+    """
 
     degrees: NonNegativeFloat = 10.0
     translate: Share = 0.08
     scale: Share = 0.1
     mirror: bool = True
+    least_area: Annotated[float, Field(gt=0, le=1, exclude_if=lambda share: share == 1)] = 1.0
+    randaugment: Annotated[int, Field(ge=0, lt=30, exclude_if=operator.not_)] = 0
+    mixup: Annotated[float, Field(ge=0, exclude_if=operator.not_)] = 0.0
+    cutmix: Annotated[float, Field(ge=0, exclude_if=operator.not_)] = 0.0
 
 
 class MarginConfig(_Section):
@@ -114,7 +124,11 @@ class FitConfig(TrainConfig):
 
 
 class Recipe(_Section):
-    """The resolved recipe; `float` trains the float model where no checkpoint is given."""
+    """The resolved recipe; `float` trains the float model where no checkpoint is given.
+
+    `crop` is as in `Preprocess`, by default as the checkpoint was trained, or 1. `workers` processes read images, by
+    default as many as are worth it; the number changes no result, and is no part of what is written or of the digest.
+    """
 
     name: str
     task: Literal["train", "ptq", "qat"]
@@ -122,6 +136,8 @@ class Recipe(_Section):
     slot_order: SlotOrder = "channel"
     data: str = "digits"
     image_size: ImageSize | None = None
+    crop: Annotated[float, Field(gt=0, le=1)] | None = Field(None, exclude_if=operator.not_)
+    workers: Annotated[int, Field(ge=0, le=256)] | None = Field(None, exclude=True)
     seed: Seed = 0
     float: TrainConfig
     calibration: CalibrationConfig = CalibrationConfig()

@@ -49,6 +49,7 @@ FENCES = {
     "matplotlib": {"report/plots.py", "data/glyphs.py"},
     "typer": {"cli.py", "options.py"},
     "datasets": {"data/hub.py"},
+    "pyarrow": {"data/hub.py"},
     "kornia": {"data/transforms.py"},
     "accelerate": {"train/loop.py"},
     "sklearn": {"data/digits.py"},

@@ -51,7 +51,7 @@ def find_manifest(name: str, data: ImageData) -> Manifest:
     known = shipped("calib")
     if name == "auto":
         if data.name not in known:
-            count = min(DEFAULT_COUNT, len(data.train))
+            count = min(DEFAULT_COUNT, data.train.reach)
             return Manifest(source=data.name, count=count)
         path = known[data.name]
     elif name in known:
@@ -87,18 +87,17 @@ def resolve(manifest: Manifest, data: ImageData) -> Manifest:
     if manifest.source != data.name:
         raise UserError(where, f"data {data.name}", f"data {manifest.source}", "choose another calibration.manifest")
     split = data.train if manifest.split == "train" else data.val
+    of_split = f"the size of the {manifest.split} split" if split.reach == len(split) else "what a stream keeps"
     if manifest.indices is not None:
         indices = list(manifest.indices)
     else:
         assert manifest.count is not None
-        if manifest.count > len(split):
-            raise UserError(
-                where, f"count {manifest.count}", f"at most {len(split)}, the size of the {manifest.split} split"
-            )
-        drawn = np.random.default_rng(manifest.seed).permutation(len(split))[: manifest.count]
+        if manifest.count > split.reach:
+            raise UserError(where, f"count {manifest.count}", f"at most {split.reach}, {of_split}")
+        drawn = np.random.default_rng(manifest.seed).permutation(split.reach)[: manifest.count]
         indices = sorted(drawn.tolist())
-    if max(indices) >= len(split):
-        raise UserError(where, f"index {max(indices)}", f"below {len(split)}, the size of the {manifest.split} split")
+    if max(indices) >= split.reach:
+        raise UserError(where, f"index {max(indices)}", f"below {split.reach}, {of_split}")
     found = digest(split, indices)
     if manifest.digest is not None and manifest.digest != found:
         raise UserError(

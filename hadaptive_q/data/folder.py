@@ -4,81 +4,50 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torch.utils.data import Dataset
+import numpy as np
 
-from hadaptive_q.data.datasets import (
-    DEFAULT_IMAGE_SIZE,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    ImageData,
-    Item,
-    held_out,
-)
-from hadaptive_q.data.image_file import check_header, decode
+from hadaptive_q.data.class_tree import ClassTree, open_tree
+from hadaptive_q.data.datasets import VAL_NAMES, ImageData, held_out
+from hadaptive_q.data.encoded import EncodedSplit, View
 from hadaptive_q.errors import UserError
-from hadaptive_q.models.config import Preprocess
-
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
-_VAL_NAMES = ("val", "valid", "validation", "test")
-_LAYOUT = "class folders with images, or train/ and val/ with class folders"
 
 
-class FolderSplit(Dataset[Item]):
-    """Images decoded when asked for; `files` are `(path, label)`."""
+class FolderSplit(EncodedSplit):
+    """The images `rows` of `tree`."""
 
-    def __init__(self, files: list[tuple[Path, int]], size: int) -> None:
-        self.files, self.size = files, size
+    def __init__(self, tree: ClassTree, rows: np.ndarray, view: View) -> None:
+        super().__init__(tree.labels[rows], view)
+        self.tree, self.rows = tree, rows
 
-    def __len__(self) -> int:
-        return len(self.files)
+    def path(self, index: int) -> Path:
+        return self.tree.path(int(self.rows[index]))
 
-    def __getitem__(self, index: int) -> Item:
-        path, label = self.files[index]
-        return decode(path.read_bytes(), self.size, str(path)), label
+    def place(self, index: int) -> str:
+        return str(self.path(index))
 
     def identity(self, index: int) -> bytes:
-        return self.files[index][0].read_bytes()
+        path = self.path(index)
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise UserError(str(path), f"'{error.strerror}'", "the image that was there at the start") from error
 
 
-def open_folder(root: Path, image_size: int | None = None) -> ImageData:
+def open_folder(root: Path, view: View) -> ImageData:
     """Return the folder's data; classes are the sorted names of the class folders.
 
     Raises UserError for a class folder without images, an unreadable image, or other classes in `val/`.
     """
-    size = image_size or DEFAULT_IMAGE_SIZE
-    val_root = next((root / name for name in _VAL_NAMES if (root / name).is_dir()), None)
+    val_root = next((root / name for name in VAL_NAMES if (root / name).is_dir()), None)
     if (root / "train").is_dir() and val_root is not None:
-        classes, train = _scan(root / "train", 1)
-        val_classes, val = _scan(val_root, 1)
-        if val_classes != classes:
-            odd = sorted(set(classes) ^ set(val_classes))
+        train, val = open_tree(root / "train", 1), open_tree(val_root, 1)
+        if val.classes != train.classes:
+            odd = sorted(set(train.classes) ^ set(val.classes))
             raise UserError(
                 str(val_root), f"other classes than train/ ({', '.join(odd[:3])})", "the same class folders"
             )
+        splits = [FolderSplit(tree, np.arange(len(tree.labels)), view) for tree in (train, val)]
     else:
-        root_of_all = root / "train" if (root / "train").is_dir() else root
-        classes, files = _scan(root_of_all, 2)  # one of them validates
-        kept, out = held_out([label for _, label in files])
-        train, val = [files[i] for i in kept], [files[i] for i in out]
-    preprocess = Preprocess(image_size=size, mean=IMAGENET_MEAN, std=IMAGENET_STD, classes=classes)
-    return ImageData(str(root), preprocess, FolderSplit(train, size), FolderSplit(val, size), mirror=True)
-
-
-def _scan(root: Path, least: int) -> tuple[tuple[str, ...], list[tuple[Path, int]]]:
-    folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-    if len(folders) < 2:
-        raise UserError(f"--data {root}", f"{len(folders)} class folders", _LAYOUT)
-    files: list[tuple[Path, int]] = []
-    for label, folder in enumerate(folders):
-        images = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-        if len(images) < least:
-            raise UserError(
-                f"--data {folder}",
-                f"{len(images)} images",
-                f"at least {least} in every class",
-                "add some, or remove the folder",
-            )
-        for path in images:
-            check_header(path)
-        files += [(path, label) for path in images]
-    return tuple(folder.name for folder in folders), files
+        train = open_tree(root / "train" if (root / "train").is_dir() else root, 2)  # one of them validates
+        splits = [FolderSplit(train, np.array(rows), view) for rows in held_out(train.labels)]
+    return view.data(str(root), train.classes, *splits)

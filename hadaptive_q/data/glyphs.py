@@ -7,7 +7,6 @@ across it. Rendered once and cached.
 from __future__ import annotations
 
 import hashlib
-import os
 import string
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from hadaptive_q.atomic import write_with
 from hadaptive_q.data.datasets import ImageData, TensorSplit
+from hadaptive_q.data.kept import cache_folder
 from hadaptive_q.models.config import Preprocess
 
 IMAGE_SIZE = 64
@@ -91,10 +91,9 @@ def _save(path: Path, images: np.ndarray) -> None:
 
 
 def _cache_file(name: str, size: int, identities: list[bytes]) -> Path:
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     # The source decides how a sample is drawn, so it is part of the key.
     key = hashlib.sha256(Path(__file__).read_bytes() + b"".join(identities)).hexdigest()[:16]
-    return root / "hadaptive-q" / f"glyphs-{name}-{size}-{key}.npy"
+    return cache_folder() / f"glyphs-{name}-{size}-{key}.npy"
 
 
 def _templates(fonts: list[Path]) -> Tensor:

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import kornia.augmentation as K
 import torch
+from kornia.augmentation.auto import RandAugment
 from torch import Tensor, nn
 
 from hadaptive_q.models.config import Preprocess
 from hadaptive_q.recipe import AugmentConfig
+
+RANDAUGMENT_OPERATIONS = 2
+# Kornia draws the operations once for all images it is given.
+GROUP = 16
 
 
 def normalise(images: Tensor, preprocess: Preprocess) -> Tensor:
@@ -40,9 +45,22 @@ class Augment(nn.Module):
             )
         if config.mirror and mirror:
             steps.append(K.RandomHorizontalFlip())
-        self.steps = K.AugmentationSequential(*steps, data_keys=["input"]) if steps else nn.Identity()
+        if config.randaugment:
+            steps.append(_InGroups(RandAugment(n=RANDAUGMENT_OPERATIONS, m=config.randaugment)))
+        self.steps = nn.Sequential(*steps)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         augmented = self.steps(images.float() / 255)
         return normalise(augmented * 255, self.preprocess)
+
+
+class _InGroups(nn.Module):
+    """`policy` drawn anew for every few images of a batch."""
+
+    def __init__(self, policy: nn.Module) -> None:
+        super().__init__()
+        self.policy = policy
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.cat([self.policy(part) for part in images.split(GROUP)]).clamp(0, 1)

@@ -160,13 +160,16 @@ VARIANTS: dict[str, HadaptiveNetConfig] = {c.name: c for c in (_nano(), _s(), _m
 class Preprocess(_Frozen):
     """How an image becomes the network's input; travels with every checkpoint and `.pte`.
 
-    Input ``x = (pixel / 255 - mean) / std``, RGB, resized to `image_size` x `image_size`.
+    Input ``x = (pixel / 255 - mean) / std``, RGB: the square in the middle of the upright image, its side `crop` times
+    the image's shorter side, resized to `image_size` x `image_size`.
     """
 
     image_size: PositiveInt
     mean: tuple[float, float, float]
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat]
     classes: tuple[str, ...]
+    # Left out where it is 1: digests of what was written before there was such a field stay what they are.
+    crop: Annotated[float, Field(gt=0, le=1, exclude_if=lambda crop: crop == 1)] = 1.0
 
     @property
     def unnormalised(self) -> Preprocess:

@@ -7,7 +7,7 @@ to the very same weights on CPU.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,9 +18,10 @@ from accelerate.state import AcceleratorState
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from hadaptive_q.data.datasets import ImageData, Split
+from hadaptive_q.data.loader import Draw, batches_of, training_batches
+from hadaptive_q.data.mix import Mix
 from hadaptive_q.data.transforms import Augment, normalise
 from hadaptive_q.errors import require
 from hadaptive_q.models.ach import ACH
@@ -65,6 +66,7 @@ def train(model: nn.Module, data: ImageData, training: Training) -> nn.Module:
     batches = max(1, len(data.train) // config.batch_size)
     steps = batches * config.epochs
     augment = Augment(config.augment, data.preprocess, data.mirror)
+    mix = Mix(config.augment, data.num_classes)
     optimizer = torch.optim.AdamW(_parameter_groups(model, config), lr=config.lr)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: learning_rate_factor(step, steps, config.warmup)
@@ -81,11 +83,12 @@ def train(model: nn.Module, data: ImageData, training: Training) -> nn.Module:
             if training.on_epoch:
                 training.on_epoch(model, epoch)
             torch.manual_seed(training.seed * 100_003 + epoch)
-            for index, (images, labels) in enumerate(_shuffled(data.train, config.batch_size, batches)):
+            draw = Draw(training.seed, epoch, config.augment.least_area)
+            for index, (images, labels) in enumerate(training_batches(data.train, config.batch_size, draw)):
                 _set_noise(model, noise_factor(epoch * batches + index, steps, config.noise_until))
-                inputs = augment(images.to(accelerator.device))
+                inputs, labels = mix(augment(images.to(accelerator.device)), labels.to(accelerator.device))
                 with accelerator.autocast():
-                    loss = loss_of(wrapped, inputs, labels.to(accelerator.device))
+                    loss = loss_of(wrapped, inputs, labels)
                 if not torch.isfinite(loss):
                     raise FloatingPointError(f"{training.title}: loss is {loss.item()} in epoch {epoch + 1}")
                 accelerator.backward(loss)
@@ -146,23 +149,6 @@ def predict(
         logits.append(model(normalise(images, preprocess)))
         labels.append(label)
     return torch.cat(logits), torch.cat(labels)
-
-
-def batches_of(split: Split, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield `(images, labels)` over a split in order, the last batch shorter."""
-    yield from DataLoader(split, batch_size=batch_size)  # type: ignore[arg-type]
-
-
-def _shuffled(split: Split, batch_size: int, batches: int) -> Iterator[tuple[Tensor, Tensor]]:
-    # A split smaller than one batch still gives one: only full sets may drop their last, partial batch.
-    loader: DataLoader[tuple[Tensor, Tensor]] = DataLoader(
-        split,  # type: ignore[arg-type]
-        batch_size=min(batch_size, len(split)),
-        shuffle=True,
-        drop_last=True,
-    )
-    for _, batch in zip(range(batches), loader, strict=False):
-        yield batch
 
 
 def _cross_entropy(label_smoothing: float) -> Loss:

@@ -89,7 +89,7 @@ def test_a_sample_is_known_by_its_bytes(tmp_path: Path) -> None:
     two = open_data(str(tmp_path / "two"), 16)
     assert digest(two.train, range(8)) == found
     assert isinstance(two.train, FolderSplit)
-    Image.new("RGB", (20, 30)).save(two.train.files[3][0])
+    Image.new("RGB", (20, 30)).save(two.train.path(3))
     assert digest(two.train, range(8)) != found
 
 
