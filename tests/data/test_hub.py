@@ -169,3 +169,53 @@ def test_a_folder_without_parquet_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(UserError, match=r"got a folder without \*\.parquet; expected parquet shards"):
         open_data(f"hf:{tmp_path}")
+
+
+def write_two_labels(folder: Path) -> str:
+    """CIFAR-100's columns: a fine and a coarse label."""
+    fine, coarse = datasets.ClassLabel(names=["apple", "bear", "crab"]), datasets.ClassLabel(names=["fruit", "animal"])
+    for split, count in (("train", 9), ("test", 3)):
+        columns = {
+            "img": [{"bytes": png(s), "path": None} for s in range(count)],
+            "fine_label": [s % 3 for s in range(count)],
+            "coarse_label": [int(s % 3 > 0) for s in range(count)],
+        }
+        features = {"img": IMAGE, "fine_label": fine, "coarse_label": coarse}
+        write(folder / f"{split}-00000-of-00001.parquet", columns, features)
+    return str(folder)
+
+
+@pytest.mark.parametrize("source", ["hf", "hf-stream"])
+def test_of_two_label_columns_one_is_said(source: str, tmp_path: Path) -> None:
+    name = f"{source}:{write_two_labels(tmp_path)}"
+    with pytest.raises(UserError) as caught:
+        open_data(name, 8)
+    said = "got label columns fine_label, coarse_label; expected one of them by name"
+    assert str(caught.value) == f"--data {name}: {said}; say {name}#fine_label"
+    for column, classes in (("fine_label", ("apple", "bear", "crab")), ("coarse_label", ("fruit", "animal"))):
+        data = open_data(f"{name}#{column}", 8)
+        assert data.preprocess.classes == classes
+        assert data.name == f"{name}#{column}"
+        wanted = [s % 3 if column == "fine_label" else int(s % 3 > 0) for s in range(3)]
+        assert [data.val.label(i) for i in range(3)] == [data.val[i][1] for i in range(3)] == wanted
+    with pytest.raises(
+        UserError, match="got #fine_labels; expected one of fine_label, coarse_label; did you mean 'fine"
+    ):
+        open_data(f"{name}#fine_labels")
+
+
+@pytest.mark.parametrize("source", ["hf", "hf-stream"])
+def test_a_missing_shard_is_named(source: str, tmp_path: Path) -> None:
+    for number in (0, 3):
+        write_images(tmp_path / f"train-{number:05}-of-00004.parquet", 4)
+    with pytest.raises(UserError, match="got no shard 1, 2 of train; expected all 4, counted from 0; copy the others"):
+        open_data(f"{source}:{tmp_path}")
+
+
+def test_a_file_that_a_row_names_and_nobody_has_is_named(tmp_path: Path) -> None:
+    features = datasets.Features({"picture": IMAGE, "kind": LABEL})
+    rows = {"picture": [{"bytes": None, "path": str(tmp_path / f"{s}.png")} for s in range(4)], "kind": [0, 1] * 2}
+    pyarrow.parquet.write_table(datasets.Dataset.from_dict(rows, features=features).data.table, tmp_path / "x.parquet")
+    data = open_data(f"hf:{tmp_path / 'x.parquet'}", 8)
+    with pytest.raises(UserError, match=r"row 0: got '.*No such file.*'; expected the file that the row names"):
+        data.train[0]

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from hadaptive_q.data import image_file
+from hadaptive_q.data.crop import CentralCrop, RandomCrop
 from hadaptive_q.data.image_file import check_header, decode
 from hadaptive_q.errors import UserError
 
@@ -200,3 +201,28 @@ def test_check_header_reads_the_kind_and_not_the_pixels(tmp_path: Path) -> None:
 
 def test_errors_without_text_are_named_by_their_kind() -> None:
     assert image_file._reason(OSError()) == "'OSError'"
+
+
+def test_the_middle_may_be_smaller_than_the_image() -> None:
+    pixels = np.zeros((64, 96), np.uint8)
+    pixels[8:56, 24:72] = 200  # the square of three quarters of 64
+    data = encoded(Image.fromarray(pixels))
+    assert decode(data, 48, "here", CentralCrop(0.75)).unique().tolist() == [200]
+    assert decode(data, 48, "here").unique().tolist() != [200]
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("quick", [True, False])
+def test_a_random_part_is_of_the_upright_image(quick: bool, orientation: int) -> None:
+    """A ramp from the top to the bottom: columns are alike, rows are not, however the file has it."""
+    upright = np.broadcast_to(np.linspace(0, 255, 800).astype(np.uint8)[:, None], (800, 600))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    seen = upright if orientation == 1 else np.rot90(upright, 1)
+    data = encoded(Image.fromarray(np.ascontiguousarray(seen)), "JPEG", exif=exif, quality=95)
+    crop = RandomCrop(0.2, np.random.default_rng(3), quick)
+    _, top, _, bottom = RandomCrop(0.2, np.random.default_rng(3)).box(600, 800)
+    image = decode(data, 32, "here", crop)[0].float()
+    assert float((image.amax(1) - image.amin(1)).max()) <= 3
+    expected = 255 / 799 * (top + (np.arange(32) + 0.5) / 32 * (bottom - top) - 0.5)
+    assert np.abs(image.mean(1).numpy() - expected).max() <= 3

@@ -143,7 +143,10 @@ def test_a_missing_shard_is_named(root: Path) -> None:
     ("members", "message"),
     [
         ({"a.png": png(1)}, r"train-0\.tar, a: got an image without a class; expected a\.cls beside it"),
-        ({"a.png": png(1), "a.cls": b"cat"}, r"train-0\.tar, a\.cls: got 'cat'; expected the number of a class, from 0"),
+        (
+            {"a.png": png(1), "a.cls": b"cat"},
+            r"train-0\.tar, a\.cls: got 'cat'; expected the number of a class, from 0",
+        ),
         ({"a.png": png(1), "a.cls": b"-1"}, "got '-1'; expected the number"),
         ({"a.png": png(1), "a.cls": b"1" * 50}, "got '11111111'; expected the number"),
         ({"a.cls": b"1", "readme.txt": b""}, r"train-0\.tar: got no images; expected members such as 000001\.jpg"),
