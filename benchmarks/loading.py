@@ -2,7 +2,7 @@
 
 python benchmarks/loading.py --folder FOLDER
 
-Photographs are stand-ins of ImageNet's usual size, 500 x 375, made here: a JPEG of them has 100 kB.
+Photographs are stand-ins of ImageNet's usual size, 500 x 375, made here: a JPEG of them has 50 kB.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ def complete_recipe(context: typer.Context, incomplete: str) -> list[str]:
 
 def complete_data(incomplete: str) -> list[str]:
     """The embedded sets and folders."""
-    return [*_starting(("digits", "glyphs", "hf:"), incomplete), *_paths(incomplete)]
+    return [*_starting(("digits", "glyphs", "hf:", "hf-stream:"), incomplete), *_paths(incomplete)]
 
 
 def complete_checkpoint(incomplete: str) -> list[str]:
@@ -97,10 +97,17 @@ def parse_size(text: str) -> int:
 
 Data = Annotated[
     str | None,
-    typer.Option(help="digits, glyphs, a folder of class folders, or hf:NAME.", autocompletion=complete_data),
+    typer.Option(
+        help="digits, glyphs, a folder of class folders or tar shards, hf:NAME, or hf-stream:NAME.",
+        autocompletion=complete_data,
+    ),
 ]
 SomeData = Annotated[
-    str, typer.Option(help="digits, glyphs, a folder of class folders, or hf:NAME.", autocompletion=complete_data)
+    str,
+    typer.Option(
+        help="digits, glyphs, a folder of class folders or tar shards, hf:NAME, or hf-stream:NAME.",
+        autocompletion=complete_data,
+    ),
 ]
 ARecipe = Annotated[
     str, typer.Option(help="A shipped recipe for this command, or a YAML file.", autocompletion=complete_recipe)

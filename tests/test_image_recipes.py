@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -18,6 +19,8 @@ from hadaptive_q.models.checkpoint import load_model
 from hadaptive_q.pipeline import quantize, train_float
 from hadaptive_q.recipe import Recipe, load_recipe, shipped
 from hadaptive_q.report.passport import read_passport
+from hadaptive_q.train import loop
+from hadaptive_q.train.resume import save_state
 from hadaptive_q.verify import verify
 
 RECIPES = {name: load_recipe(name) for name in shipped("recipes") if load_recipe(name).data != "digits"}
@@ -108,6 +111,27 @@ def test_the_number_of_workers_changes_no_weight(name: str, stand_in: Callable[[
         train_float(recipe, tmp_path / str(workers))
         found.append(weights(tmp_path / str(workers)))
     assert all(torch.equal(found[0][key], other[key]) for other in found[1:] for key in found[0])
+
+
+def test_a_stream_goes_on_from_its_last_epoch(
+    stand_in: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = stand_in(RECIPES["train_cifar100"].data).replace("hf:", "hf-stream:")
+    recipe = small("train_cifar100", data, **{"float.epochs": 3})
+    train_float(recipe, tmp_path / "whole")
+
+    def killed_after(*arguments: Any) -> None:
+        save_state(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "save_state", killed_after)
+        with pytest.raises(KeyboardInterrupt):
+            train_float(recipe, tmp_path / "killed")
+    assert not (tmp_path / "killed" / "float.safetensors").exists()
+    train_float(recipe, tmp_path / "killed")
+    whole, killed = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+    assert all(torch.equal(whole[key], killed[key]) for key in whole)
 
 
 @pytest.mark.slow

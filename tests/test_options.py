@@ -39,7 +39,7 @@ def test_recipes_are_those_the_command_runs(folder: Path, command: str) -> None:
 
 
 def test_data_are_names_and_folders(folder: Path) -> None:
-    assert options.complete_data("") == ["digits", "glyphs", "hf:", "images/"]
+    assert options.complete_data("") == ["digits", "glyphs", "hf:", "hf-stream:", "images/"]
     assert options.complete_data("im") == ["images/"]
     assert options.complete_data("gl") == ["glyphs"]
     assert options.complete_data("no/such/folder/") == []

@@ -45,22 +45,12 @@ class Augment(nn.Module):
             )
         if config.mirror and mirror:
             steps.append(K.RandomHorizontalFlip())
-        if config.randaugment:
-            steps.append(_InGroups(RandAugment(n=RANDAUGMENT_OPERATIONS, m=config.randaugment)))
-        self.steps = nn.Sequential(*steps)
+        self.steps = K.AugmentationSequential(*steps, data_keys=["input"]) if steps else nn.Identity()
+        self.policy = RandAugment(n=RANDAUGMENT_OPERATIONS, m=config.randaugment) if config.randaugment else None
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         augmented = self.steps(images.float() / 255)
+        if self.policy:
+            augmented = torch.cat([self.policy(part) for part in augmented.split(GROUP)]).clamp(0, 1)
         return normalise(augmented * 255, self.preprocess)
-
-
-class _InGroups(nn.Module):
-    """`policy` drawn anew for every few images of a batch."""
-
-    def __init__(self, policy: nn.Module) -> None:
-        super().__init__()
-        self.policy = policy
-
-    def forward(self, images: Tensor) -> Tensor:
-        return torch.cat([self.policy(part) for part in images.split(GROUP)]).clamp(0, 1)

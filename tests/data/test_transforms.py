@@ -96,3 +96,27 @@ def test_every_change_alone_changes_images(field: str, value: float) -> None:
     torch.manual_seed(0)
     y = Augment(NONE.model_copy(update={field: value}), PREPROCESS, mirror=False)(images())
     assert float((y - normalise(images(), PREPROCESS)).abs().max()) > 10 * CODE
+
+
+def test_randaugment_changes_groups_of_a_batch_each_in_its_way() -> None:
+    torch.manual_seed(0)
+    one = images(1)
+    x = one.expand(64, 3, 8, 8)
+    y = Augment(NONE.model_copy(update={"randaugment": 10}), PREPROCESS, mirror=False)(x)
+    assert (y.shape, y.dtype, y.is_contiguous()) == (x.shape, torch.float32, True)
+    pixels = y * torch.tensor(PREPROCESS.std)[:, None, None] + torch.tensor(PREPROCESS.mean)[:, None, None]
+    assert pixels.min() >= -1e-5
+    assert pixels.max() <= 1 + 1e-5
+    assert not torch.allclose(y, normalise(x, PREPROCESS), atol=10 * CODE)
+    groups = [part.mean((0, 1)) for part in y.split(16)]
+    assert len({round(float(group.sum()), 3) for group in groups}) == 4
+
+
+def test_magnitudes_of_randaugment_differ() -> None:
+    x = images(32)
+    moved = []
+    for magnitude in (1, 25):
+        torch.manual_seed(2)
+        y = Augment(NONE.model_copy(update={"randaugment": magnitude}), PREPROCESS, mirror=False)(x)
+        moved.append(float((y - normalise(x, PREPROCESS)).abs().mean()))
+    assert moved[0] < moved[1]
