@@ -113,13 +113,15 @@ class FitConfig(TrainConfig):
 
     `distill` is the share of the float network's logits in the loss, `distill_features` the weight of its blocks'
     outputs; ``distill: 1`` follows the float network alone, without labels and without dropout. `damping` holds weights
-    near the code they have; BatchNorm stays `folded` or goes on `live`.
+    near the code they have; `gradual` is the share of the epochs in which weights of few bits come down from 8 to their
+    own; BatchNorm stays `folded` or goes on `live`.
     """
 
     freeze_ranges: Annotated[float, Field(ge=0, le=1)] = 0.5
     distill: Annotated[float, Field(ge=0, le=1)] = 0.0
     distill_features: NonNegativeFloat = 0.0
     damping: NonNegativeFloat = 0.0
+    gradual: Annotated[float, Field(ge=0, lt=1, exclude_if=operator.not_)] = 0.0
     batch_norm: Literal["folded", "live"] = "folded"
 
 
