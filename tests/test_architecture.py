@@ -51,6 +51,7 @@ FENCES = {
     "datasets": {"data/hub.py"},
     "kornia": {"data/transforms.py"},
     "accelerate": {"train/loop.py"},
+    "triton": {"models/cross_hadamard_triton.py"},
     "sklearn": {"data/digits.py"},
     "jinja2": {"report/render.py"},
     "scipy": {"quant/assignment.py", "significance.py"},
