@@ -183,7 +183,8 @@ class ACH(nn.Module):
         else:
             z = gather_channels(x, self.select(self.scorer(x)))
         if self.training:
-            return cross_hadamard(z)
+            out: Tensor = cross_hadamard(z)
+            return out
         return z[:, self.pair_i] * z[:, self.pair_j]
 
     def _gumbel_gather(self, x: Tensor, scores: Tensor) -> Tensor:

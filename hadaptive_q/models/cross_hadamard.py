@@ -67,7 +67,8 @@ def _setup(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, gradient: Tensor) -> Tensor:
-    return _gradient(gradient, *ctx.saved_tensors)
+    out: Tensor = _gradient(gradient, *ctx.saved_tensors)
+    return out
 
 
 cross_hadamard.register_fake(_products_like)

@@ -29,7 +29,7 @@ def gradient(incoming: Tensor, z: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _products(z, out, cs: tl.constexpr, pixels, block: tl.constexpr):  # type: ignore[no-untyped-def]
     image, i = tl.program_id(0).to(tl.int64), tl.program_id(1)
     pixel = tl.program_id(2) * block + tl.arange(0, block)
@@ -44,7 +44,7 @@ def _products(z, out, cs: tl.constexpr, pixels, block: tl.constexpr):  # type: i
         tl.store(slots + (j - i - 1) * pixels + pixel, (own * other).to(out.dtype.element_ty), mask=behind)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _gradient(incoming, z, out, cs: tl.constexpr, pixels, block: tl.constexpr):  # type: ignore[no-untyped-def]
     image, k = tl.program_id(0).to(tl.int64), tl.program_id(1)
     pixel = tl.program_id(2) * block + tl.arange(0, block)
