@@ -51,10 +51,14 @@ class MarginConfig(_Section):
 
 
 class TrainConfig(_Section):
-    """One training: the float network's, or the fine-tuning under quantization."""
+    """One training: the float network's, or the fine-tuning under quantization.
+
+    A step takes the gradients of `accumulate` batches; processes that train together share each.
+    """
 
     epochs: PositiveInt
     batch_size: PositiveInt = 64
+    accumulate: PositiveInt = 1
     lr: PositiveFloat
     weight_decay: NonNegativeFloat = 1e-4
     warmup: Share = 0.05

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hadaptive_q.models.batch_random import exponential_like
 from hadaptive_q.models.config import Norm, SlotOrder
 from hadaptive_q.models.cross_hadamard import cross_hadamard, pair_indices
 
@@ -190,7 +191,7 @@ class ACH(nn.Module):
     def _gumbel_gather(self, x: Tensor, scores: Tensor) -> Tensor:
         # float32 whatever the autocast type: Gumbel noise takes two logarithms.
         scores = scores.float()
-        noise = -torch.empty_like(scores).exponential_().log()
+        noise = -exponential_like(scores).log()
         perturbed = scores + self.noise * noise
         soft = (perturbed / self.scorer.tau).softmax(dim=1)
         # Chosen before the softmax, which is zero for most channels once tau is small.
