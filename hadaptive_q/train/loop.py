@@ -140,7 +140,9 @@ def train(model: nn.Module, data: ImageData, training: Training) -> nn.Module:
                     "epoch": epoch + 1,
                 }
                 save_state(training.state_file, training.key, state)
-    accelerator.end_training()
+    # Not `end_training`: it parts the processes, too.
+    for tracker in accelerator.trackers:
+        tracker.finish()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name in average:
