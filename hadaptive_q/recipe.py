@@ -68,6 +68,8 @@ class TrainConfig(_Section):
     margin: MarginConfig = MarginConfig()
     augment: AugmentConfig = AugmentConfig()
     precision: Literal["auto", "float32", "bf16", "fp16"] = "auto"
+    compile: bool = False
+    channels_last: bool = False
 
 
 class CalibrationConfig(_Section):

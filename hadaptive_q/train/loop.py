@@ -35,6 +35,7 @@ from hadaptive_q.models.ach import ACH, ChannelScorer
 from hadaptive_q.models.config import Preprocess
 from hadaptive_q.recipe import TrainConfig
 from hadaptive_q.train.batch_norm import synchronised
+from hadaptive_q.train.compiler import check_compiler
 from hadaptive_q.train.resume import load_state, save_state
 from hadaptive_q.train.schedule import learning_rate_factor, noise_factor
 from hadaptive_q.train.together import join, mean, on_cpu
@@ -72,6 +73,7 @@ def train(model: nn.Module, data: ImageData, training: Training) -> nn.Module:
     A step takes `accumulate` batches, or all there are. Raises UserError where processes cannot share a batch equally.
     """
     config = training.config
+    model.to(memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
     batch_size = _shared(min(config.batch_size, len(data.train)), config.batch_size)
     accelerator = _accelerator(config.precision, training.tensorboard)
     # Set after Accelerator, which may touch the global generator.
@@ -88,6 +90,9 @@ def train(model: nn.Module, data: ImageData, training: Training) -> nn.Module:
     average = {n: p.detach().clone() for n, p in model.named_parameters()} if config.ema else {}
     first = _restore(model, optimizer, scheduler, average, training)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
+    if config.compile:
+        check_compiler(accelerator.device)
+        wrapped.compile()
     average = {name: tensor.to(accelerator.device) for name, tensor in average.items()}
     if training.beside:
         training.beside.to(accelerator.device)
@@ -107,6 +112,8 @@ def train(model: nn.Module, data: ImageData, training: Training) -> nn.Module:
                 for left in reversed(range(group)):
                     images, labels = next(loader)
                     inputs = augment(images.to(accelerator.device))
+                    if config.channels_last:
+                        inputs = inputs.contiguous(memory_format=torch.channels_last)
                     # Gradients are averaged over the processes once a step.
                     with accelerator.no_sync(wrapped) if left else nullcontext():
                         with accelerator.autocast():
@@ -150,7 +157,7 @@ def train(model: nn.Module, data: ImageData, training: Training) -> nn.Module:
     _unprepare(model)
     if training.beside:
         training.beside.cpu()
-    return model.cpu()
+    return model.to("cpu", memory_format=torch.contiguous_format)
 
 
 def _unprepare(model: nn.Module) -> None:
@@ -159,7 +166,7 @@ def _unprepare(model: nn.Module) -> None:
     In mixed precision it hangs an autocasting `forward` on the instance: traced later, it would hide the network
     in an autocast region, and recompiled later, a graph would go on running the old code.
     """
-    for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
+    for name in ("forward", "_original_forward", "_is_accelerate_prepared", "_compiled_call_impl"):
         model.__dict__.pop(name, None)
 
 
