@@ -64,12 +64,19 @@ def main() -> None:
     for channels, cs, side, norm in BLOCKS:
         print(f"{channels} channels, Cs {cs}, {side}x{side}, {norm}, batch {BATCH}")
         fused = ACH(channels, cs, norm)
-        modules = {"fused": fused, "indexed": IndexedACH(channels, cs, norm), "one-hot": OneHotACH(channels, cs, norm)}
+        modules: dict[str, ACH] = {
+            "fused": fused,
+            "indexed": IndexedACH(channels, cs, norm),
+            "one-hot": OneHotACH(channels, cs, norm),
+        }
         for module in modules.values():
             module.load_state_dict(fused.state_dict())
         _compare("whole ACH", modules, torch.randn(BATCH, channels, side, side), fused.out_channels)
         i, j = pair_indices(cs)
-        products = {"fused": cross_hadamard, "indexed": lambda z, i=i, j=j: z[:, i] * z[:, j]}
+        products: dict[str, Callable[[Tensor], Tensor]] = {
+            "fused": cross_hadamard,
+            "indexed": lambda z, i=i, j=j: z[:, i] * z[:, j],
+        }
         _compare("products", products, torch.randn(BATCH, cs, side, side), len(i))
 
 

@@ -68,9 +68,9 @@ def _steps(name: str, size: int, batch: int) -> list[Row]:
                 times[title].append(seconds)
     where = f"{name.removeprefix('hadaptive_net_').upper()}, {size}x{size}, batch {batch}, {_machine()}"
     lines = []
-    for title, seconds in times.items():
-        ratio = statistics.median(b / a for a, b in zip(times["float"], seconds, strict=True))
-        speed = batch / statistics.median(seconds)
+    for title, taken in times.items():
+        ratio = statistics.median(b / a for a, b in zip(times["float"], taken, strict=True))
+        speed = batch / statistics.median(taken)
         lines.append(dict(zip(COLUMNS, (title, where, f"{speed:.0f}", f"{ratio:.2f}"), strict=True)))
     return lines
 

@@ -73,7 +73,8 @@ def train(model: nn.Module, data: ImageData, training: Training) -> nn.Module:
     A step takes `accumulate` batches, or all there are. Raises UserError where processes cannot share a batch equally.
     """
     config = training.config
-    model.to(memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
+    if config.channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     batch_size = _shared(min(config.batch_size, len(data.train)), config.batch_size)
     accelerator = _accelerator(config.precision, training.tensorboard)
     # Set after Accelerator, which may touch the global generator.
@@ -157,7 +158,8 @@ def train(model: nn.Module, data: ImageData, training: Training) -> nn.Module:
     _unprepare(model)
     if training.beside:
         training.beside.cpu()
-    return model.to("cpu", memory_format=torch.contiguous_format)
+    model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    return model.cpu()
 
 
 def _unprepare(model: nn.Module) -> None:
