@@ -72,12 +72,13 @@ def main() -> None:
         for module in modules.values():
             module.load_state_dict(fused.state_dict())
         _compare("whole ACH", modules, torch.randn(BATCH, channels, side, side), fused.out_channels)
-        i, j = pair_indices(cs)
-        products: dict[str, Callable[[Tensor], Tensor]] = {
-            "fused": cross_hadamard,
-            "indexed": lambda z, i=i, j=j: z[:, i] * z[:, j],
-        }
-        _compare("products", products, torch.randn(BATCH, cs, side, side), len(i))
+        products: dict[str, Callable[[Tensor], Tensor]] = {"fused": cross_hadamard, "indexed": _indexed}
+        _compare("products", products, torch.randn(BATCH, cs, side, side), cs * (cs - 1) // 2)
+
+
+def _indexed(z: Tensor) -> Tensor:
+    i, j = pair_indices(z.shape[1])
+    return z[:, i] * z[:, j]
 
 
 def _compare(title: str, forms: Mapping[str, Callable[[Tensor], Tensor]], inputs: Tensor, out_channels: int) -> None:
