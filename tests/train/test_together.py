@@ -148,16 +148,20 @@ def test_two_float_steps_of_two_processes_are_those_of_one(results: list[dict[st
 
 
 @pytest.mark.parametrize("kind", ["follow", "learn"])
-def test_a_step_under_quantization_of_two_processes_is_that_of_one(kind: str, results: list[dict[str, Any]]) -> None:
+def test_ranges_of_two_processes_are_those_of_one(kind: str, results: list[dict[str, Any]]) -> None:
     alone, shared, _ = (result[kind] for result in results)
     assert alone.keys() == shared.keys()
     ranges = [name for name in alone if name.endswith((".low", ".high"))]
     assert len(ranges) > 20
     for name in ranges:
-        torch.testing.assert_close(shared[name], alone[name], rtol=1e-5, atol=1e-6, msg=name)
+        torch.testing.assert_close(shared[name], alone[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_a_step_under_quantization_of_two_processes_is_that_of_one(results: list[dict[str, Any]]) -> None:
+    """With BatchNorm folded: live, its float roundings move values by whole codes, and gradients with them."""
     one, other = (
-        torch.cat([tensor.flatten() for name, tensor in found.items() if name.startswith("gradient of")])
-        for found in (alone, shared)
+        torch.cat([tensor.flatten() for name, tensor in result["learn"].items() if name.startswith("gradient of")])
+        for result in results[:2]
     )
     assert float((one - other).norm() / one.norm()) <= 1e-5
 
