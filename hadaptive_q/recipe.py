@@ -60,7 +60,7 @@ class TrainConfig(_Section):
 
     epochs: PositiveInt
     batch_size: PositiveInt = 64
-    accumulate: PositiveInt = 1
+    accumulate: Annotated[int, Field(gt=0, exclude_if=(1).__eq__)] = 1
     lr: PositiveFloat
     weight_decay: NonNegativeFloat = 1e-4
     warmup: Share = 0.05
@@ -70,8 +70,8 @@ class TrainConfig(_Section):
     margin: MarginConfig = MarginConfig()
     augment: AugmentConfig = AugmentConfig()
     precision: Literal["auto", "float32", "bf16", "fp16"] = "auto"
-    compile: bool = False
-    channels_last: bool = False
+    compile: Annotated[bool, Field(exclude_if=operator.not_)] = False
+    channels_last: Annotated[bool, Field(exclude_if=operator.not_)] = False
 
 
 class CalibrationConfig(_Section):
