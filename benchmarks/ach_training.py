@@ -1,24 +1,42 @@
-"""Forward and backward of one ACH: gather against the one-hot matrix product, side by side in one run.
+"""Forward and backward of ACH in its training forms, side by side in one run, and of their products alone.
 
     python benchmarks/ach_training.py
 
-The one-hot form is the published training path: the choice as a (B, Cs, C) matrix times the flattened channels.
+"fused" is what ships: gathered channels and the operator for their products. "indexed" writes the products as
+``Z[i] * Z[j]``. "one-hot" is the published training path: the choice as a (B, Cs, C) matrix times the flattened
+channels, and products as indexed. The blocks are those of Hadaptive-Net-M.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hadaptive_q.models.ach import ACH
+from hadaptive_q.models.ach import ACH, DySoft
+from hadaptive_q.models.config import Norm
+from hadaptive_q.models.cross_hadamard import cross_hadamard, pair_indices
 
-CHANNELS, CS, SIDE, BATCH = 96, 16, 14, 64
-ROUNDS, WARMUP = 30, 5
+BATCH, ROUNDS, WARMUP = 32, 12, 2
+# Channels, Cs, the side at 224x224, and the norm of every kind of ACH in M.
+BLOCKS: tuple[tuple[int, int, int, Norm], ...] = (
+    (128, 24, 14, "dysoft"),
+    (128, 24, 14, "batch_norm"),
+    (192, 36, 7, "dysoft"),
+    (192, 36, 7, "batch_norm"),
+)
+
+
+class IndexedACH(ACH):
+    """The same module with its products in the indexed form, whose gradient is a scatter-add."""
+
+    def _products(self, x: Tensor) -> Tensor:
+        z = self._gumbel_gather(x, self.scorer(x))
+        return z[:, self.pair_i] * z[:, self.pair_j]
 
 
 class OneHotACH(ACH):
@@ -32,27 +50,68 @@ class OneHotACH(ACH):
         hard = F.one_hot(self.select(soft.detach()[:, 0]), x.shape[1]).to(x.dtype)
         straight_through = hard - (hard * soft).detach() + hard * soft
         z = (straight_through @ x.flatten(2)).unflatten(2, x.shape[2:])
-        t = self.norm.alpha * (z[:, self.pair_i] * z[:, self.pair_j])
-        return torch.cat((x, self.norm.weight * (t / (1 + t.abs())) + self.norm.bias), dim=1)
+        q = z[:, self.pair_i] * z[:, self.pair_j]
+        if isinstance(self.norm, DySoft):
+            t = self.norm.alpha * q
+            q = self.norm.weight * (t / (1 + t.abs())) + self.norm.bias
+        else:
+            q = self.norm(q)
+        return torch.cat((x, q), dim=1)
 
 
 def main() -> None:
     torch.manual_seed(0)
-    gather, one_hot = ACH(CHANNELS, CS), OneHotACH(CHANNELS, CS)
-    one_hot.load_state_dict(gather.state_dict())
-    inputs = torch.randn(BATCH, CHANNELS, SIDE, SIDE)
-    # Given, not made by a loss: a loss over the output would be timed with both.
-    gradient = torch.randn(BATCH, gather.out_channels, SIDE, SIDE)
-    times: dict[str, list[float]] = {"gather": [], "one-hot": []}
+    for channels, cs, side, norm in BLOCKS:
+        print(f"{channels} channels, Cs {cs}, {side}x{side}, {norm}, batch {BATCH}")
+        fused = ACH(channels, cs, norm)
+        modules: dict[str, ACH] = {
+            "fused": fused,
+            "indexed": IndexedACH(channels, cs, norm),
+            "one-hot": OneHotACH(channels, cs, norm),
+        }
+        for module in modules.values():
+            module.load_state_dict(fused.state_dict())
+        _compare("whole ACH", modules, torch.randn(BATCH, channels, side, side), fused.out_channels)
+        products: dict[str, Callable[[Tensor], Tensor]] = {"fused": cross_hadamard, "indexed": _indexed}
+        _compare("products", products, torch.randn(BATCH, cs, side, side), cs * (cs - 1) // 2)
+
+
+def _indexed(z: Tensor) -> Tensor:
+    i, j = pair_indices(z.shape[1])
+    return z[:, i] * z[:, j]
+
+
+def _compare(title: str, forms: Mapping[str, Callable[[Tensor], Tensor]], inputs: Tensor, out_channels: int) -> None:
+    # Given, not made by a loss: a loss over the output would be timed with all.
+    gradient = torch.randn(len(inputs), out_channels, *inputs.shape[2:])
+    times: dict[str, list[float]] = {name: [] for name in forms}
     for index in range(ROUNDS + WARMUP):
-        for name, module in (("gather", gather), ("one-hot", one_hot)):
-            seconds = _time(module, inputs.clone().requires_grad_(), gradient)
+        for name, form in forms.items():
+            seconds = _time(form, inputs.clone().requires_grad_(), gradient)
             if index >= WARMUP:
                 times[name].append(seconds)
-    ratios = [b / a for a, b in zip(times["gather"], times["one-hot"], strict=True)]
-    for name, values in times.items():
-        print(f"{name:8} median {statistics.median(values) * 1e3:7.2f} ms")
-    print(f"one-hot / gather: median {statistics.median(ratios):.2f}, min {min(ratios):.2f}, max {max(ratios):.2f}")
+    for name, form in forms.items():
+        ratio = statistics.median(b / a for a, b in zip(times["fused"], times[name], strict=True))
+        kept = _kept(form, inputs.clone().requires_grad_()) / 2**20
+        milliseconds = [1e3 * value for value in (statistics.median(times[name]), min(times[name]))]
+        print(
+            f"  {title}, {name:8} median {milliseconds[0]:7.2f} ms, best {milliseconds[1]:7.2f} ms,"
+            f" {ratio:5.2f} of fused, keeps {kept:6.1f} MiB for the gradient"
+        )
+
+
+def _kept(form: Callable[[Tensor], Tensor], inputs: Tensor) -> int:
+    """Return the bytes that `form` keeps between its forward and its backward pass."""
+    storages: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = form(inputs)
+    del out
+    return sum(storages.values())
 
 
 def _time(module: Callable[[Tensor], Tensor], inputs: Tensor, gradient: Tensor) -> float:

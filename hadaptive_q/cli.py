@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from hadaptive_q import options as given
+from hadaptive_q import processes
 from hadaptive_q.arm.cores import find_core
 from hadaptive_q.cli_share import share
 from hadaptive_q.errors import UserError, nearest
@@ -32,7 +35,10 @@ app = typer.Typer(
 @app.callback()
 def start(context: typer.Context, quiet: given.Quiet = False) -> None:
     """Show progress on standard error as long as the command runs; results are on standard output."""
-    context.with_resource(shown(quiet))
+    silent = processes.index() > 0  # of several processes the first one speaks
+    context.with_resource(shown(quiet or silent))
+    if silent:
+        context.with_resource(redirect_stdout(io.StringIO()))
 
 
 def _recipe(name: str, settings: list[str] | None, task: Literal["train", "ptq", "qat"], **fields: Any) -> Recipe:

@@ -17,7 +17,7 @@ from hadaptive_q.errors import UserError
 
 Result = TypeVar("Result")
 # What a run leaves for the next one, in the order of its steps.
-KEPT = ("float.state", "float.safetensors", "qat.state")
+KEPT = ("float.state", "float.safetensors", "float.json", "qat.state")
 
 
 def resumable(step: Callable[[], Result], folder: Path) -> Result:

@@ -23,6 +23,7 @@ from hadaptive_q.data.calibration import Manifest, batches, find_manifest, resol
 from hadaptive_q.data.datasets import ImageData
 from hadaptive_q.data.sources import open_data
 from hadaptive_q.errors import UserError
+from hadaptive_q.interruption import KEPT
 from hadaptive_q.lower.executorch import lower
 from hadaptive_q.lower.file_formats import FORMATS, ModelFile, find_formats
 from hadaptive_q.lower.runtime import PteFile
@@ -50,6 +51,7 @@ from hadaptive_q.train.loop import Training, check_tensorboard, discard_state, p
 from hadaptive_q.train.losses import fit_loss, float_loss
 from hadaptive_q.train.observe import ObservedGraph, ObservedModel
 from hadaptive_q.train.schedule import weight_bits
+from hadaptive_q.train.together import from_first, run_folder
 
 log = logging.getLogger(__name__)
 QAT_STATE = "qat.state"
@@ -64,8 +66,8 @@ def train_float(
     Raises UserError where the checkpoint and the data do not fit.
     """
     check_tensorboard(tensorboard)
-    with atomic.output_folder(out):
-        return _float_model(recipe, out, checkpoint, tensorboard)
+    with run_folder(out, KEPT) as folder:
+        return _float_model(recipe, folder, checkpoint, tensorboard)
 
 
 def _float_model(
@@ -102,8 +104,8 @@ def quantize(
     check_tensorboard(tensorboard)
     find_formats(to)
     find_backend(recipe.quantize.backend)  # raises before any training where it is not installed
-    with atomic.output_folder(out):
-        return _quantize(recipe, out, checkpoint, to, tensorboard)
+    with run_folder(out, KEPT) as folder:
+        return _quantize(recipe, folder, checkpoint, to, tensorboard)
 
 
 def _quantize(
@@ -121,6 +123,21 @@ def _quantize(
         chosen = freeze_selection(model, batches(manifest, seen, recipe.calibration.batch_size))
         atomic.write_text(out / "selection.json", json.dumps(chosen) + "\n")
     program = quantized_program(recipe, model, seen, manifest, out, teacher, tensorboard)
+    # What is left is done once: processes that trained along wait for the report.
+    return from_first(lambda: _files(recipe, out, data, reference, model, manifest, program, to))
+
+
+def _files(
+    recipe: Recipe,
+    out: Path,
+    data: ImageData,
+    reference: FloatModel,
+    model: HadaptiveNet,
+    manifest: Manifest,
+    program: QuantizedProgram,
+    to: Sequence[str],
+) -> Report:
+    """Lower `program`, the quantized form of `model`, and the float network; run the files and report on them."""
     deploy = deploy_graph(model, data.preprocess.image_size)
 
     # The float file is the network as trained: its selection is not frozen, and it takes normalised images.
@@ -227,6 +244,7 @@ def _fit(
             ObservedModel(teacher.eval()),
             oscillation_damping(calibrated.graph, fit.damping) if fit.damping else None,
         ),
+        beside=teacher,
         on_epoch=on_epoch,
         tensorboard=tensorboard,
     )

@@ -61,10 +61,14 @@ class MarginConfig(_Section):
 
 
 class TrainConfig(_Section):
-    """One training: the float network's, or the fine-tuning under quantization."""
+    """One training: the float network's, or the fine-tuning under quantization.
+
+    A step takes the gradients of `accumulate` batches; processes that train together share each.
+    """
 
     epochs: PositiveInt
     batch_size: PositiveInt = 64
+    accumulate: Annotated[int, Field(gt=0, exclude_if=(1).__eq__)] = 1
     lr: PositiveFloat
     weight_decay: NonNegativeFloat = 1e-4
     warmup: Share = 0.05
@@ -74,6 +78,8 @@ class TrainConfig(_Section):
     margin: MarginConfig = MarginConfig()
     augment: AugmentConfig = AugmentConfig()
     precision: Literal["auto", "float32", "bf16", "fp16"] = "auto"
+    compile: Annotated[bool, Field(exclude_if=operator.not_)] = False
+    channels_last: Annotated[bool, Field(exclude_if=operator.not_)] = False
 
 
 class CalibrationConfig(_Section):

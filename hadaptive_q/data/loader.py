@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, default_collate
 
+from hadaptive_q import processes
 from hadaptive_q.data.crop import RandomCrop
 from hadaptive_q.data.datasets import Item, Split
 from hadaptive_q.data.stream import StreamSplit
@@ -35,7 +36,8 @@ def batches_of(split: Split, batch_size: int) -> Iterator[Batch]:
 def training_batches(split: Split, batch_size: int, draw: Draw) -> Iterator[Batch]:
     """Yield whole batches `(images, labels)` of an epoch, shuffled by torch's global generator and cropped by `draw`.
 
-    A split smaller than one batch still gives one.
+    Of each batch come the images of this process; the order is the same however many share it. A split smaller than one
+    batch still gives one.
     """
     order = split.rows(draw.seed, draw.epoch) if isinstance(split, StreamSplit) else RandomSampler(split)
     yield from _read(split, draw, enumerate(order), min(batch_size, len(split)), drop_last=True)
@@ -45,9 +47,10 @@ def _read(
     split: Split, draw: Draw | None, order: Iterable[tuple[int, Any]], batch_size: int, drop_last: bool
 ) -> Iterator[Batch]:
     # The order, and of a stream the encoded images, come from this process: workers decode what they are told.
+    batches = BatchSampler(order, batch_size, drop_last)  # type: ignore[arg-type]
     loader: DataLoader[Item] = DataLoader(
         _Rows(split, draw),
-        batch_sampler=BatchSampler(order, batch_size, drop_last),  # type: ignore[arg-type]
+        batch_sampler=map(processes.own_rows, batches) if draw else batches,
         num_workers=split.workers,
         collate_fn=_collate,
     )

@@ -5,8 +5,10 @@ from __future__ import annotations
 import kornia.augmentation as K
 import torch
 from kornia.augmentation.auto import RandAugment
+from kornia.augmentation.container.params import ParamItem
 from torch import Tensor, nn
 
+from hadaptive_q import processes
 from hadaptive_q.models.config import Preprocess
 from hadaptive_q.recipe import AugmentConfig
 
@@ -27,7 +29,10 @@ def normalise(images: Tensor, preprocess: Preprocess) -> Tensor:
 
 
 class Augment(nn.Module):
-    """Augment and normalise a uint8 batch; random numbers come from torch's global generator."""
+    """Augment and normalise a uint8 batch; random numbers come from torch's global generator.
+
+    Processes that share a batch draw for the whole of it, and each applies what was drawn for its own images.
+    """
 
     def __init__(self, config: AugmentConfig, preprocess: Preprocess, mirror: bool) -> None:
         super().__init__()
@@ -45,12 +50,24 @@ class Augment(nn.Module):
             )
         if config.mirror and mirror:
             steps.append(K.RandomHorizontalFlip())
-        self.steps = K.AugmentationSequential(*steps, data_keys=["input"]) if steps else nn.Identity()
+        self.random = bool(steps)
+        self.steps = K.AugmentationSequential(*steps, data_keys=["input"])
         self.policy = RandAugment(n=RANDAUGMENT_OPERATIONS, m=config.randaugment) if config.randaugment else None
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        augmented = self.steps(images.float() / 255)
+        pixels = images.float() / 255
+        augmented = self.steps(pixels, params=self._drawn(pixels)) if self.random else pixels
         if self.policy:
             augmented = torch.cat([self.policy(part) for part in augmented.split(GROUP)]).clamp(0, 1)
         return normalise(augmented * 255, self.preprocess)
+
+    def _drawn(self, pixels: Tensor) -> list[ParamItem]:
+        whole = torch.Size((processes.count() * len(pixels), *pixels.shape[1:]))
+        items: list[ParamItem] = self.steps.forward_parameters(whole)
+        for item in items:
+            assert isinstance(item.data, dict)
+            for name, values in item.data.items():
+                if name != "forward_input_shape":
+                    item.data[name] = processes.own_rows(values)
+        return items

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hadaptive_q.models.batch_random import exponential_like
 from hadaptive_q.models.config import Norm, SlotOrder
-from hadaptive_q.models.cross_hadamard import CrossHadamard, pair_indices
+from hadaptive_q.models.cross_hadamard import cross_hadamard, pair_indices
 
 TAU_INITIAL, TAU_MINIMUM, TAU_STEP = 4.0, 0.01, 0.005
 
@@ -67,16 +68,17 @@ class ChannelScorer(nn.Module):
 
     Formula: ``xi = conv1d_k5(mean_hw(X))``, no bias, no sigmoid. Shapes: `(B, C, H, W) -> (B, C)`.
 
-    The temperature follows the norm of this convolution's gradient: it rises by 0.5 % when the norm did not
-    shrink since the step before, falls by 0.5 % otherwise, within [0.01, 4]. The norm is taken by a hook
-    on the tensor used in the forward pass, so neither `zero_grad` nor a copy of the module can lose it.
+    Float32 under autocast, too: neighbouring ranks lie closer together than half precision can tell.
+
+    The temperature follows the norm of this convolution's gradient, see `step_temperature`.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(nn.Conv1d(1, 1, 5, bias=False).weight.detach().clone())
         self.register_buffer("tau", torch.tensor(TAU_INITIAL))
-        # NaN stands for "no such step yet"; buffers, so that a resumed run continues exactly.
+        # NaN stands for "no such step yet"; buffers, so that a resumed run continues exactly. The authors' checkpoints
+        # hold both.
         self.register_buffer("gradient_norm", torch.tensor(float("nan")))
         self.register_buffer("stored_norm", torch.tensor(float("nan")))
 
@@ -85,26 +87,33 @@ class ChannelScorer(nn.Module):
     stored_norm: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        weight: Tensor = self.weight
-        if self.training and torch.is_grad_enabled() and weight.requires_grad:
-            self._step_temperature()
-            weight = weight.view_as(weight)
-            weight.register_hook(self._record)
-        # Views only: XNNPACK takes them, and squeeze and transpose it does not.
-        means = x.mean((-1, -2), keepdim=True).reshape(-1, 1, x.shape[1])
-        return F.conv1d(means, weight, padding=2).reshape(-1, x.shape[1])
+        if torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
+                return self._scores(x.mean((-1, -2), keepdim=True, dtype=torch.float32))
+        return self._scores(x.mean((-1, -2), keepdim=True))
 
-    def _record(self, gradient: Tensor) -> None:
-        self.gradient_norm.copy_(gradient.detach().norm())
+    def _scores(self, means: Tensor) -> Tensor:
+        # Views only: XNNPACK takes them, and squeeze and transpose it does not.
+        channels = means.shape[1]
+        return F.conv1d(means.reshape(-1, 1, channels), self.weight, padding=2).reshape(-1, channels)
 
     @torch.no_grad()
-    def _step_temperature(self) -> None:
-        if not self.gradient_norm.isfinite():
+    def step_temperature(self) -> None:
+        """Follow the gradient of a step: once per step, whole and unscaled, before it is clipped or cleared.
+
+        The temperature rises by 0.5 % when the norm did not shrink since the step before, falls by 0.5 % otherwise,
+        within [0.01, 4].
+        """
+        if self.weight.grad is None:
             return
-        if self.stored_norm.isfinite():
-            sign = 1.0 if self.stored_norm <= self.gradient_norm else -1.0
+        norm = self.weight.grad.norm()
+        if not norm.isfinite():
+            return
+        if self.gradient_norm.isfinite():
+            sign = 1.0 if self.gradient_norm <= norm else -1.0
             self.tau.mul_(1 + TAU_STEP * sign).clamp_(TAU_MINIMUM, TAU_INITIAL)
         self.stored_norm.copy_(self.gradient_norm)
+        self.gradient_norm.copy_(norm)
 
 
 class ACH(nn.Module):
@@ -175,14 +184,14 @@ class ACH(nn.Module):
         else:
             z = gather_channels(x, self.select(self.scorer(x)))
         if self.training:
-            out: Tensor = CrossHadamard.apply(z)
+            out: Tensor = cross_hadamard(z)
             return out
         return z[:, self.pair_i] * z[:, self.pair_j]
 
     def _gumbel_gather(self, x: Tensor, scores: Tensor) -> Tensor:
         # float32 whatever the autocast type: Gumbel noise takes two logarithms.
         scores = scores.float()
-        noise = -torch.empty_like(scores).exponential_().log()
+        noise = -exponential_like(scores).log()
         perturbed = scores + self.noise * noise
         soft = (perturbed / self.scorer.tau).softmax(dim=1)
         # Chosen before the softmax, which is zero for most channels once tau is small.

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hadaptive_q.errors import UserError, nearest
 from hadaptive_q.models.ach import ACH
+from hadaptive_q.models.batch_random import Dropout
 from hadaptive_q.models.blocks import Bottleneck, ConvBN
 from hadaptive_q.models.config import VARIANTS, HadaptiveNetConfig, Preprocess
 
@@ -24,7 +25,7 @@ class Head(nn.Module):
         super().__init__()
         self.hidden = nn.Linear(channels, hidden)
         self.act = nn.Hardswish()
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.classifier = nn.Linear(hidden, classes)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 from torchao.quantization.pt2e import FakeQuantizeBase
 
+from hadaptive_q import processes
 from hadaptive_q.quant.formats import SMALLEST_SCALE, ActivationFormat, WeightFormat
 from hadaptive_q.quant.observers import RangeName, RangeObserver
+from hadaptive_q.train.together import extremes
 
 MOVING_AVERAGE = 0.02
 SMALLEST_WEIGHT_SHARE = 2.0**-12
@@ -44,7 +46,8 @@ class _FakeQuantizePerTensor(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             clipped = codes.clamp(low, high) - zero_point
             step = torch.where(inside, clipped - ratio, clipped)
-            scale_gradient = (gradient * step).sum() / (x.numel() * high) ** 0.5
+            # The values of the whole batch: a process that shares it sees a part, and gradients are averaged.
+            scale_gradient = (gradient * step).sum() / (processes.count() * x.numel() * high) ** 0.5
             scale_gradient = scale_gradient.reshape(scale.shape)
         return gradient * inside, scale_gradient, None, None, None
 
@@ -151,7 +154,7 @@ class ActivationFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
 
     @torch.no_grad()
     def _follow(self, x: Tensor) -> None:
-        low, high = x.aminmax()
+        low, high = extremes(*x.aminmax())
         self.low.lerp_(low.clamp(self.observer.floor, 0), MOVING_AVERAGE)
         self.high.lerp_(high.clamp_min(0), MOVING_AVERAGE)
         self._set_qparams()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hadaptive_q.models.ach import ACH, DySoft, gather_channels, top_channels
-from hadaptive_q.models.cross_hadamard import CrossHadamard, pair_indices
+from hadaptive_q.models.cross_hadamard import cross_hadamard, pair_indices
 from hadaptive_q.quant import arithmetic, float_kernels
 from hadaptive_q.quant.arithmetic import Grid
 from hadaptive_q.quant.fake_quant import ActivationFakeQuantize, PerChannelWeightFakeQuantize
@@ -113,7 +113,7 @@ class QuantizedACH(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.quantize_input(x)
         mixed = self.quantize_mixed(F.conv2d(x, self.quantize_weight(self.weight), self._snapped_bias()))
-        products = CrossHadamard.apply(gather_channels(mixed, self._choose(mixed)))
+        products = cross_hadamard(gather_channels(mixed, self._choose(mixed)))
         if self.training:
             self._follow_norm()
         normed = self.norm.gain() * self.quantize_products(self.norm(products))

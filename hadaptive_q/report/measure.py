@@ -15,7 +15,7 @@ from hadaptive_q.lower.latency import latencies
 from hadaptive_q.lower.parity import sqnr_db
 from hadaptive_q.models.ach import ACH
 from hadaptive_q.models.config import Preprocess
-from hadaptive_q.models.cross_hadamard import CrossHadamard
+from hadaptive_q.models.cross_hadamard import cross_hadamard
 from hadaptive_q.models.hadaptive_net import HadaptiveNet
 from hadaptive_q.quant.program import QuantizedProgram
 from hadaptive_q.report.record import AchRecord, Latency, LayerRecord, WeightRecord
@@ -136,7 +136,7 @@ def _ach_record(
     if p.choice:
         wanted, found = (chosen_indices(values[p.choice]) for values in (reference, measured))
         set_flips, rank_flips = flip_rates(wanted, found)
-    products = [CrossHadamard.apply(values[p.chosen]) for values in (reference, measured)]
+    products = [cross_hadamard(values[p.chosen]) for values in (reference, measured)]
     return AchRecord(
         name=p.name,
         selection="dynamic" if p.choice else "static",

@@ -2,12 +2,18 @@
 
 Every random number of an epoch comes from a seed made of `(seed, epoch)`, so a run that was killed continues
 to the very same weights on CPU.
+
+Processes that train together share every batch: a step of two with 32 images each is the step of one with 64, up to
+float rounding. To that end they draw random numbers for the whole batch, gradients are averaged, and BatchNorm
+normalises by the whole batch (see `batch_norm`): statistics of a process's own few images would make another network
+of every number of processes. Only the first process writes.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,20 +21,25 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from hadaptive_q import processes
 from hadaptive_q.data.datasets import ImageData, Split
 from hadaptive_q.data.loader import Draw, batches_of, training_batches
 from hadaptive_q.data.mix import Mix
 from hadaptive_q.data.transforms import Augment, normalise
-from hadaptive_q.errors import require
-from hadaptive_q.models.ach import ACH
+from hadaptive_q.errors import UserError, require
+from hadaptive_q.models.ach import ACH, ChannelScorer
 from hadaptive_q.models.config import Preprocess
 from hadaptive_q.recipe import TrainConfig
+from hadaptive_q.train.batch_norm import synchronised
+from hadaptive_q.train.compiler import check_compiler
 from hadaptive_q.train.resume import load_state, save_state
 from hadaptive_q.train.schedule import learning_rate_factor, noise_factor
+from hadaptive_q.train.together import join, mean, on_cpu
 
 log = logging.getLogger(__name__)
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
@@ -40,7 +51,8 @@ SCALAR_RATE = 0.1
 class Training:
     """What one training needs besides the model: the settings, a seed and where an interrupted state is kept.
 
-    `loss(model, inputs, labels)` replaces cross entropy; `on_epoch(model, epoch)` runs before every epoch. Loss,
+    `loss(model, inputs, labels)` replaces cross entropy, and `beside` is a network it needs on the same device;
+    `on_epoch(model, epoch)` runs before every epoch. Loss,
     learning rate and norm of the gradient of every step go to TensorBoard in the folder `tensorboard`, as run `title`.
     """
 
@@ -50,6 +62,7 @@ class Training:
     state_file: Path | None = None
     key: str = ""
     loss: Loss | None = None
+    beside: nn.Module | None = None
     on_epoch: Callable[[nn.Module, int], None] | None = None
     tensorboard: Path | None = None
 
@@ -58,13 +71,19 @@ def train(model: nn.Module, data: ImageData, training: Training) -> nn.Module:
     """Train `model` in place on `data.train` and return it, with averaged weights where `ema` is set.
 
     AdamW, linear warm-up, cosine decay; norms, biases and vectors are not decayed, scalars move at a tenth.
+    A step takes `accumulate` batches, or all there are. Raises UserError where processes cannot share a batch equally.
     """
     config = training.config
+    if config.channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    batch_size = _shared(min(config.batch_size, len(data.train)), config.batch_size)
     accelerator = _accelerator(config.precision, training.tensorboard)
     # Set after Accelerator, which may touch the global generator.
     torch.manual_seed(training.seed)
-    batches = max(1, len(data.train) // config.batch_size)
-    steps = batches * config.epochs
+    batches = len(data.train) // batch_size
+    group = min(config.accumulate, batches)
+    steps_an_epoch = batches // group
+    steps = steps_an_epoch * config.epochs
     augment = Augment(config.augment, data.preprocess, data.mirror)
     mix = Mix(config.augment, data.num_classes)
     optimizer = torch.optim.AdamW(_parameter_groups(model, config), lr=config.lr)
@@ -74,32 +93,50 @@ def train(model: nn.Module, data: ImageData, training: Training) -> nn.Module:
     average = {n: p.detach().clone() for n, p in model.named_parameters()} if config.ema else {}
     first = _restore(model, optimizer, scheduler, average, training)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
+    if config.compile:
+        check_compiler(accelerator.device)
+        wrapped.compile()
+    average = {name: tensor.to(accelerator.device) for name, tensor in average.items()}
+    if training.beside:
+        training.beside.to(accelerator.device)
     # An interrupted epoch runs again: what it logged the first time goes.
-    purge = {"tensorboard": {"purge_step": first * batches}}
+    purge = {"tensorboard": {"purge_step": first * steps_an_epoch}}
     accelerator.init_trackers(training.title, init_kwargs=purge)
     loss_of = training.loss or _cross_entropy(config.label_smoothing)
-    with _progress(training.title, steps, first * batches) as advance:
+    with synchronised(model), _progress(training.title, steps, first * steps_an_epoch) as advance:
         for epoch in range(first, config.epochs):
             if training.on_epoch:
                 training.on_epoch(model, epoch)
             torch.manual_seed(training.seed * 100_003 + epoch)
             draw = Draw(training.seed, epoch, config.augment.least_area)
-            for index, (images, labels) in enumerate(training_batches(data.train, config.batch_size, draw)):
-                _set_noise(model, noise_factor(epoch * batches + index, steps, config.noise_until))
-                inputs, labels = mix(augment(images.to(accelerator.device)), labels.to(accelerator.device))
-                with accelerator.autocast():
-                    loss = loss_of(wrapped, inputs, labels)
+            loader = training_batches(data.train, batch_size, draw)
+            for step in range(epoch * steps_an_epoch, (epoch + 1) * steps_an_epoch):
+                _set_noise(model, noise_factor(step, steps, config.noise_until))
+                loss = torch.zeros((), device=accelerator.device)
+                for left in reversed(range(group)):
+                    images, labels = next(loader)
+                    inputs, labels = mix(augment(images.to(accelerator.device)), labels.to(accelerator.device))
+                    if config.channels_last:
+                        inputs = inputs.contiguous(memory_format=torch.channels_last)
+                    # Gradients are averaged over the processes once a step.
+                    with accelerator.no_sync(wrapped) if left else nullcontext():
+                        with accelerator.autocast():
+                            part = loss_of(wrapped, inputs, labels) / group
+                        accelerator.backward(part)
+                    loss += part.detach()
+                loss = mean(loss)
                 if not torch.isfinite(loss):
                     raise FloatingPointError(f"{training.title}: loss is {loss.item()} in epoch {epoch + 1}")
-                accelerator.backward(loss)
-                norm = accelerator.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
+                accelerator.unscale_gradients()
+                _step_temperatures(model)
+                norm = nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
                 if training.tensorboard:
                     figures = {
                         "loss": loss.item(),
                         "learning_rate": optimizer.param_groups[0]["lr"],
                         "gradient_norm": float(norm),
                     }
-                    accelerator.log(figures, step=epoch * batches + index)
+                    accelerator.log(figures, step=step)
                 optimizer.step()
                 scheduler.step()
                 optimizer.zero_grad()
@@ -114,12 +151,17 @@ def train(model: nn.Module, data: ImageData, training: Training) -> nn.Module:
                     "epoch": epoch + 1,
                 }
                 save_state(training.state_file, training.key, state)
-    accelerator.end_training()
+    # Not `end_training`: it parts the processes, too.
+    for tracker in accelerator.trackers:
+        tracker.finish()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name in average:
                 parameter.copy_(average[name])
     _unprepare(model)
+    if training.beside:
+        training.beside.cpu()
+    model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     return model.cpu()
 
 
@@ -129,7 +171,7 @@ def _unprepare(model: nn.Module) -> None:
     In mixed precision it hangs an autocasting `forward` on the instance: traced later, it would hide the network
     in an autocast region, and recompiled later, a graph would go on running the old code.
     """
-    for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
+    for name in ("forward", "_original_forward", "_is_accelerate_prepared", "_compiled_call_impl"):
         model.__dict__.pop(name, None)
 
 
@@ -151,6 +193,16 @@ def predict(
     return torch.cat(logits), torch.cat(labels)
 
 
+def _shared(batch_size: int, wanted: int) -> int:
+    """Return `batch_size`, or a little less, so that every process has as many images of a batch."""
+    count = processes.count()
+    if wanted % count or batch_size < count:
+        raise UserError(
+            "batch_size", f"{batch_size} images on {count} processes", f"a multiple of {count} that the data holds"
+        )
+    return batch_size - batch_size % count
+
+
 def _cross_entropy(label_smoothing: float) -> Loss:
     def loss(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(model(inputs), labels, label_smoothing=label_smoothing)
@@ -165,9 +217,18 @@ def check_tensorboard(folder: Path | None) -> None:
 
 
 def _accelerator(precision: str, tensorboard: Path | None) -> Accelerator:
+    join()
     AcceleratorState._reset_state()  # the precision of an earlier training in this process would stick
     log_with = "tensorboard" if tensorboard else None
-    return Accelerator(mixed_precision=_precision(precision), log_with=log_with, project_dir=tensorboard)
+    # Scales stop to be learned in the middle of a training: their gradients are then missing.
+    parallel = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
+    return Accelerator(
+        cpu=on_cpu(),
+        mixed_precision=_precision(precision),
+        log_with=log_with,
+        project_dir=tensorboard,
+        kwargs_handlers=[parallel],
+    )
 
 
 def _precision(name: str) -> str:
@@ -195,11 +256,17 @@ def _set_noise(model: nn.Module, factor: float) -> None:
             module.noise.fill_(factor)
 
 
+def _step_temperatures(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, ChannelScorer):
+            module.step_temperature()
+
+
 @torch.no_grad()
 def _update_average(average: dict[str, Tensor], model: nn.Module, decay: float) -> None:
     if average:
         for name, parameter in model.named_parameters():
-            average[name].lerp_(parameter.detach().to(average[name].device), 1 - decay)
+            average[name].lerp_(parameter, 1 - decay)
 
 
 def _restore(

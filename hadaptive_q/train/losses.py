@@ -12,6 +12,7 @@ from hadaptive_q.recipe import FitConfig, TrainConfig
 from hadaptive_q.train.loop import Loss
 from hadaptive_q.train.margin import margin_shortfall
 from hadaptive_q.train.observe import Observed, ObservedModel
+from hadaptive_q.train.together import mean
 
 
 def float_loss(config: TrainConfig, student: ObservedModel) -> Loss:
@@ -71,7 +72,7 @@ def feature_error(target: Observed, seen: Observed) -> Tensor:
     """
     scores = zip(target.scores, seen.scores, strict=True) if seen.scores else ()
     pairs = [*zip(target.features, seen.features, strict=True), (target.logits, seen.logits), *scores]
-    return torch.stack([(s - t).square().sum() / t.square().sum() for t, s in pairs]).mean()
+    return torch.stack([(s - t).square().sum() / mean(t.square().sum()) for t, s in pairs]).mean()
 
 
 def _divergence(target: Tensor, logits: Tensor) -> Tensor:

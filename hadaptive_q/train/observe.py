@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from hadaptive_q.models.batch_random import dropout
 from hadaptive_q.models.config import SlotOrder
 from hadaptive_q.models.hadaptive_net import HadaptiveNet
 from hadaptive_q.rewrite.graph import aten, constant, module_paths
@@ -134,6 +135,8 @@ def _with_outputs(graph: GraphModule, nodes: Sequence[Node]) -> GraphModule:
     copied: dict[Node, Node] = {}
     wider = torch.fx.Graph()
     output = wider.graph_copy(graph.graph, copied)
+    for node in wider.find_nodes(op="call_function", target=aten.dropout.default):
+        node.target = dropout
     first = output[0] if isinstance(output, tuple | list) else output
     wider.output((first, *(copied[node] for node in nodes)))
     return GraphModule(graph, wider)

@@ -301,6 +301,7 @@ class Temperature:
         scores = self.scorer(x)
         self.taus.append(float(self.scorer.tau))
         (scores.sum() * size).backward()
+        self.scorer.step_temperature()
         assert self.scorer.weight.grad is not None
         self.norms.append(float(self.scorer.weight.grad.norm()))
 
@@ -340,8 +341,22 @@ def test_the_temperature_stays_in_its_range(start: float, sizes: range, end: flo
     x = torch.ones(1, 8, 2, 2)
     for size in sizes:
         (scorer(x).sum() * size).backward()
+        scorer.step_temperature()
         scorer.zero_grad()
     assert float(scorer.tau) == pytest.approx(end, rel=1e-7)
+
+
+def test_a_gradient_that_overflowed_is_no_step_of_the_temperature() -> None:
+    scorer = ChannelScorer()
+    scorer.step_temperature()  # nor is one that never was
+    assert scorer.gradient_norm.isnan()
+    taus = []
+    scorer.tau.fill_(1.0)
+    for size in (1.0, torch.inf, 2.0):
+        scorer.weight.grad = torch.full((1, 1, 5), size)
+        scorer.step_temperature()
+        taus.append(float(scorer.tau))
+    assert taus == pytest.approx([1.0, 1.0, 1.005])
 
 
 def test_inference_leaves_the_temperature_alone() -> None:
@@ -349,6 +364,7 @@ def test_inference_leaves_the_temperature_alone() -> None:
     x = torch.ones(1, 8, 2, 2)
     for size in (1, 2, 3):
         (scorer(x).sum() * size).backward()
+        scorer.step_temperature()
     moved = copy.deepcopy(scorer.state_dict())
     scorer.eval()(x)
     with torch.no_grad():
@@ -369,6 +385,7 @@ def test_a_copy_continues_the_temperature_and_leaves_the_original_alone(how: str
         for size in sizes:
             scorer.zero_grad()
             (scorer.train()(torch.ones(1, 8, 2, 2)).sum() * size).backward()
+            scorer.step_temperature()
 
     train(whole, sizes)
     train(broken, sizes[:4])
@@ -382,3 +399,42 @@ def test_a_copy_continues_the_temperature_and_leaves_the_original_alone(how: str
     assert float(continued.tau) == float(whole.tau) != 1.0
     assert torch.equal(continued.gradient_norm, whole.gradient_norm)
     assert float(broken.tau) == at_the_break
+
+
+def test_autocast_chooses_as_float32_does_where_margins_allow() -> None:
+    """X~ is rounded to bfloat16, half a step of 2^-8; its means and scores are not rounded further."""
+    torch.manual_seed(0)
+    ach, x = ACH(24, 8).eval(), torch.randn(64, 24, 14, 14)
+    with torch.no_grad():
+        mixed = ach.bn(ach.pointwise(x))
+        exact = ach.scorer(mixed)
+        with torch.autocast("cpu", torch.bfloat16):
+            half = ach.bn(ach.pointwise(x))
+            scores = ach.scorer(half)
+        assert half.dtype == torch.bfloat16
+        assert torch.equal(scores, ach.scorer(half.float()))
+        error = float((scores - exact).abs().max())
+        # Operands, weights and results of the convolution are rounded, each relative to the values at hand.
+        assert error <= 3 * 2.0**-8 * float(mixed.abs().mean((2, 3)).max() * ach.scorer.weight.abs().sum())
+    values = exact.sort(dim=1, descending=True).values
+    sure = (values[:, 7] - values[:, 8]) > 2 * error
+    assert int(sure.sum()) > 16
+    chosen, wanted = (ach.select(s)[sure].sort(dim=1).values for s in (scores, exact))
+    assert torch.equal(chosen, wanted)
+
+
+@pytest.mark.parametrize("norm", ["dysoft", "batch_norm"])
+def test_a_training_step_in_half_precision_is_finite_and_near(norm: Norm) -> None:
+    torch.manual_seed(0)
+    ach, x = ACH(16, 6, norm).train(), torch.randn(8, 16, 6, 6)
+    ach.freeze(torch.arange(6))  # the choice aside: it may differ
+    gradients = []
+    for enabled in (False, True):
+        ach.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = ach(x)
+        assert out.dtype == torch.float32
+        out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(1)))
+        gradients.append(torch.cat([p.grad.flatten() for p in ach.parameters() if p.grad is not None]))
+    error = (gradients[1] - gradients[0]).norm() / gradients[0].norm()
+    assert 0 < float(error) < 0.02

@@ -60,6 +60,8 @@ def test_a_folder_stands_for_its_model(saved: Path, nano: HadaptiveNet, inputs: 
 
 def test_a_model_under_training_is_saved_as_it_is(nano: HadaptiveNet, tmp_path: Path) -> None:
     nano.train()(torch.randn(4, 3, 32, 32)).sum().backward()
+    for _, ach in nano.ach_modules():
+        ach.scorer.step_temperature()
     save_model(nano, tmp_path / "model.safetensors")
     loaded = load_model(tmp_path)
     scorer, wanted = (dict(model.ach_modules())["blocks.2.expansion"].scorer for model in (loaded, nano))

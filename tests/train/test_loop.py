@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from hadaptive_q import errors, pipeline
 from hadaptive_q.data.datasets import ImageData, TensorSplit
@@ -18,6 +19,7 @@ from hadaptive_q.errors import UserError
 from hadaptive_q.models.hadaptive_net import HadaptiveNet, create_model
 from hadaptive_q.recipe import AugmentConfig, TrainConfig, load_recipe
 from hadaptive_q.rewrite.graph import trace
+from hadaptive_q.train import compiler
 from hadaptive_q.train.loop import Training, discard_state, predict, train
 from hadaptive_q.train.resume import load_state, save_state
 
@@ -281,3 +283,80 @@ def test_tensorboard_that_is_not_installed_is_refused(tmp_path: Path, monkeypatc
     with pytest.raises(UserError, match="pip install tensorboard"):
         pipeline.train_float(load_recipe("float"), tmp_path / "out", tensorboard=tmp_path / "curves")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_step_may_take_several_batches(few_digits: ImageData) -> None:
+    """Without BatchNorm, dropout and noise, two batches of 48 make the step of one of 96."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3, stride=4), nn.Hardswish(), nn.Flatten(), nn.Linear(256, 10)).double()
+
+    def loss(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(model(inputs.double()), labels)
+
+    settings = {"augment": STILL, "warmup": 0.0, "epochs": 2}
+    results = []
+    for batch_size, accumulate in ((96, 1), (48, 2), (48, 5)):  # of 5 an epoch has 2
+        config = CONFIG.model_copy(update={**settings, "batch_size": batch_size, "accumulate": accumulate})
+        results.append(weights(train(copy.deepcopy(plain), few_digits, Training(config, 0, "test", loss=loss))))
+    for other in results[1:]:
+        for name, wanted in results[0].items():
+            torch.testing.assert_close(other[name], wanted, rtol=1e-7, atol=1e-9)
+
+
+def test_learning_rates_follow_steps_and_batches_that_make_none_are_left(few_digits: ImageData) -> None:
+    seen: list[int] = []
+    rates: list[float] = []
+
+    def loss(model: nn.Module, inputs: Tensor, _: Tensor) -> Tensor:
+        seen.append(len(inputs))
+        return model(inputs).sum()
+
+    hook = register_optimizer_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
+    config = CONFIG.model_copy(update={"accumulate": 2, "epochs": 2, "warmup": 0.0})  # three batches an epoch
+    train(nn.Conv2d(3, 1, 3), few_digits, Training(config, 0, "test", loss=loss))
+    hook.remove()
+    assert seen == [32] * 4
+    assert rates == pytest.approx([0.003, 0.0015])
+
+
+def test_a_compiled_training_is_the_same(few_digits: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What reaches the compiler computes what was written; code is not generated here, which takes minutes."""
+    asked: list[nn.Module] = []
+
+    def compile_(module: nn.Module) -> None:
+        asked.append(module)
+        module._compiled_call_impl = torch.compile(module._call_impl, backend="eager")
+
+    monkeypatch.setattr(nn.Module, "compile", compile_)
+    config = CONFIG.model_copy(update={"epochs": 1})
+    compiled = train(fresh(), few_digits, Training(config.model_copy(update={"compile": True}), 0, "test"))
+    assert len(asked) == 1
+    assert "_compiled_call_impl" not in vars(compiled)
+    for name, wanted in weights(train(fresh(), few_digits, Training(config, 0, "test"))).items():
+        torch.testing.assert_close(weights(compiled)[name], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_compiling_without_a_compiler_is_refused(few_digits: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> str:
+        raise compiler.InvalidCxxCompiler
+
+    monkeypatch.setattr(compiler, "get_cpp_compiler", none)
+    with pytest.raises(UserError, match=r"compile: true: got no compiler; expected a C\+\+ compiler, such as g\+\+"):
+        train(fresh(), few_digits, Training(CONFIG.model_copy(update={"compile": True}), 0, "test"))
+
+
+def test_channels_last_changes_roundings_only_and_leaves_no_trace(few_digits: ImageData) -> None:
+    strides: list[bool] = []
+
+    def loss(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
+        strides.append(inputs.is_contiguous(memory_format=torch.channels_last))
+        return nn.functional.cross_entropy(model(inputs), labels)
+
+    config = CONFIG.model_copy(update={"epochs": 1, "lr": 1e-6, "channels_last": True})
+    model = train(fresh(), few_digits, Training(config, 0, "test", loss=loss))
+    assert strides == [True] * 3
+    assert all(p.is_contiguous() for p in model.parameters())
+    wanted = train(fresh(), few_digits, Training(config.model_copy(update={"channels_last": False}), 0, "test"))
+    for name, tensor in wanted.named_buffers():
+        if "running" in name:
+            torch.testing.assert_close(model.get_buffer(name), tensor, rtol=1e-3, atol=1e-4)
