@@ -31,7 +31,7 @@ from hadaptive_q.data.transforms import normalise
 from hadaptive_q.errors import UserError
 from hadaptive_q.lower.parity import agreement, sqnr_db
 from hadaptive_q.models.checkpoint import load_model
-from hadaptive_q.models.hadaptive_net import HadaptiveNet
+from hadaptive_q.models.network import Network
 from hadaptive_q.quant.backends import torchao_pt2e as backend
 from hadaptive_q.quant.observers import ObserverName
 from hadaptive_q.quant.plan import make_plan
@@ -80,9 +80,7 @@ def _spread(data: ImageData, count: int) -> Tensor:
     return normalise(images, data.preprocess)
 
 
-def _row(
-    model: HadaptiveNet, data: ImageData, inputs: Tensor, selection: str, observer: ObserverName
-) -> dict[str, Any]:
+def _row(model: Network, data: ImageData, inputs: Tensor, selection: str, observer: ObserverName) -> dict[str, Any]:
     """Quantize `model` with one observer and compare."""
     manifest = resolve(find_manifest("auto", data), data)
     model = copy.deepcopy(model)

@@ -6,14 +6,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hadaptive_q.models.checkpoint import load_model, save_model
-    from hadaptive_q.models.hadaptive_net import HadaptiveNet, create_model
+    from hadaptive_q.models.families import create_model
+    from hadaptive_q.models.hadaptive_net import HadaptiveNet
+    from hadaptive_q.models.network import Network
 
 __version__ = "0.1.0"
-__all__ = ["HadaptiveNet", "create_model", "load_model", "save_model"]
+__all__ = ["HadaptiveNet", "Network", "create_model", "load_model", "save_model"]
 
 _HOME = {
     "HadaptiveNet": "hadaptive_net",
-    "create_model": "hadaptive_net",
+    "Network": "network",
+    "create_model": "families",
     "load_model": "checkpoint",
     "save_model": "checkpoint",
 }

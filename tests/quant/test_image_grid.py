@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.fx import GraphModule
 
-from hadaptive_q.models.hadaptive_net import create_model
+from hadaptive_q.models.families import create_model
 from hadaptive_q.quant.backends import torchao_pt2e as backend
 from hadaptive_q.quant.fake_quant import ActivationFakeQuantize
 from hadaptive_q.quant.image_grid import PIXEL_RANGE, VIEWS
