@@ -19,6 +19,8 @@ INPUTS: tuple[InputName, ...] = get_args(InputName)
 # A family is a module beside this one, which holds all there is to it; here stand the names that need no torch.
 FAMILIES = {
     "hadaptive_net": ("nano", "s", "m", "l"),
+    "mobilenet_v3": ("nano", "small"),
+    "starnet": ("nano", "s1", "s2", "s3", "s4"),
 }
 # The variants by name, and the family of each.
 MODELS = {f"{family}_{variant}": family for family, variants in FAMILIES.items() for variant in variants}

@@ -80,9 +80,10 @@ class PlanQuantizer(Quantizer):  # type: ignore[misc]
 
     def annotate(self, model: GraphModule) -> GraphModule:
         nodes = {node.name: node for node in model.graph.nodes}
-        for name, form in self.plan.activations.items():
-            shared = self.plan.shared.get(name)
-            spec = SharedQuantizationSpec(nodes[shared]) if shared else self._activation(name, form)
+        for name in {**self.plan.activations, **self.plan.weights}:
+            form, shared = self.plan.activations.get(name), self.plan.shared.get(name)
+            # What a clamp alone reads of a layer is stored behind the clamp.
+            spec = SharedQuantizationSpec(nodes[shared]) if shared else form and self._activation(name, form)
             node = nodes[name]
             node.meta[Q_ANNOTATION_KEY] = QuantizationAnnotation(
                 input_qspec_map=self._weight(node), output_qspec=spec, _annotated=True
