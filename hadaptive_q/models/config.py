@@ -6,10 +6,12 @@ Products"). Kept free of torch, so that recipes and ``--help`` can name models w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator
+
+from hadaptive_q.errors import UserError
 
 Norm = Literal["dysoft", "batch_norm"]
 SlotOrder = Literal["rank", "channel"]
@@ -19,7 +21,7 @@ INPUTS: tuple[InputName, ...] = get_args(InputName)
 # A family is a module beside this one, which holds all there is to it; here stand the names that need no torch.
 FAMILIES = {
     "hadaptive_net": ("nano", "s", "m", "l"),
-    "mobilenet_v3": ("nano", "small"),
+    "mobilenet_v3": ("nano", "small", "small_ach"),
     "starnet": ("nano", "s1", "s2", "s3", "s4"),
 }
 # The variants by name, and the family of each.
@@ -51,6 +53,13 @@ class NetworkConfig(_Frozen):
     def selects(self) -> bool:
         """Whether the network has selections of channels."""
         return False
+
+    def with_ach(self, cs: Mapping[str, int], norm: Norm, slot_order: SlotOrder) -> NetworkConfig:
+        """Return the configuration once the modules named in `cs` expand by ACH that chooses so many channels.
+
+        Raises UserError where this family has no place for it.
+        """
+        raise UserError(f"replace_expansion of {self.name}", f"the family {self.family}", "one with plain expansions")
 
 
 class ConvConfig(_Frozen):

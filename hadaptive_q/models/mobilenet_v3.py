@@ -5,14 +5,15 @@ Source: arXiv 1905.02244 ("Searching for MobileNetV3"), Small at width 1.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from pydantic import BaseModel, PositiveInt
 from torch import Tensor, nn
 
-from hadaptive_q.models.config import NetworkConfig
+from hadaptive_q.models.config import NetworkConfig, Norm, SlotOrder
 from hadaptive_q.models.network import Family, Network
+from hadaptive_q.models.replace_expansion import put_ach
 
 Activation = Literal["relu", "hardswish"]
 ACTIVATIONS: dict[Activation, type[nn.Module]] = {"relu": nn.ReLU, "hardswish": nn.Hardswish}
@@ -29,6 +30,13 @@ class BottleneckConfig(BaseModel):
     s: PositiveInt = 1
 
 
+class ACHExpansion(BaseModel):
+    """What replaces the expansions of some blocks: `cs` are the chosen channels by the index of the block."""
+
+    cs: dict[int, PositiveInt]
+    norm: Norm = "dysoft"
+
+
 class MobileNetV3Config(NetworkConfig):
     """The shape of a MobileNetV3; the channels of its tail are those of its pooled features and of its hidden layer."""
 
@@ -38,6 +46,8 @@ class MobileNetV3Config(NetworkConfig):
     tail: PositiveInt = 576
     hidden: PositiveInt = 1024
     dropout: float = 0.2
+    ach: ACHExpansion | None = None
+    slot_order: SlotOrder = "channel"
 
     @property
     def stride(self) -> int:
@@ -49,6 +59,14 @@ class MobileNetV3Config(NetworkConfig):
     @property
     def stages(self) -> Sequence[BaseModel]:
         return self.blocks
+
+    @property
+    def selects(self) -> bool:
+        return self.ach is not None
+
+    def with_ach(self, cs: Mapping[str, int], norm: Norm, slot_order: SlotOrder) -> MobileNetV3Config:
+        blocks = {int(name.removeprefix("blocks.")): count for name, count in cs.items()}
+        return self.model_copy(update={"ach": ACHExpansion(cs=blocks, norm=norm), "slot_order": slot_order})
 
 
 class ConvNorm(nn.Sequential):
@@ -145,6 +163,9 @@ class MobileNetV3(Network):
         self.blocks = nn.Sequential(*blocks)
         self.tail = ConvNorm(channels, config.tail, act="hardswish")
         self.head = Head(config.tail, config.hidden, config.num_classes, config.dropout)
+        if config.ach:
+            named = {f"blocks.{index}": cs for index, cs in config.ach.cs.items()}
+            put_ach(self, named, config.ach.norm, config.slot_order)
         self.apply(_initialise)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -165,37 +186,37 @@ def _block(k: int, expanded: int, channels: int, gated: bool, act: Activation, s
     return BottleneckConfig(k=k, expanded=expanded, channels=channels, gated=gated, act=act, s=s)
 
 
-VARIANTS = {
-    config.name: config
-    for config in (
-        # Every kind of block at a size that trains in seconds: for tests and first tries.
-        MobileNetV3Config(
-            name="mobilenet_v3_nano",
-            stem=8,
-            blocks=(
-                _block(3, 8, 8, True, "relu", 2),
-                _block(3, 24, 16, False, "relu", 2),
-                _block(5, 32, 16, True, "hardswish"),
-            ),
-            tail=48,
-            hidden=48,
-        ),
-        MobileNetV3Config(
-            name="mobilenet_v3_small",
-            blocks=(
-                _block(3, 16, 16, True, "relu", 2),
-                _block(3, 72, 24, False, "relu", 2),
-                _block(3, 88, 24, False, "relu"),
-                _block(5, 96, 40, True, "hardswish", 2),
-                _block(5, 240, 40, True, "hardswish"),
-                _block(5, 240, 40, True, "hardswish"),
-                _block(5, 120, 48, True, "hardswish"),
-                _block(5, 144, 48, True, "hardswish"),
-                _block(5, 288, 96, True, "hardswish", 2),
-                _block(5, 576, 96, True, "hardswish"),
-                _block(5, 576, 96, True, "hardswish"),
-            ),
-        ),
-    )
-}
+_SMALL = MobileNetV3Config(
+    name="mobilenet_v3_small",
+    blocks=(
+        _block(3, 16, 16, True, "relu", 2),
+        _block(3, 72, 24, False, "relu", 2),
+        _block(3, 88, 24, False, "relu"),
+        _block(5, 96, 40, True, "hardswish", 2),
+        _block(5, 240, 40, True, "hardswish"),
+        _block(5, 240, 40, True, "hardswish"),
+        _block(5, 120, 48, True, "hardswish"),
+        _block(5, 144, 48, True, "hardswish"),
+        _block(5, 288, 96, True, "hardswish", 2),
+        _block(5, 576, 96, True, "hardswish"),
+        _block(5, 576, 96, True, "hardswish"),
+    ),
+)
+# Every kind of block at a size that trains in seconds: for tests and first tries.
+_NANO = MobileNetV3Config(
+    name="mobilenet_v3_nano",
+    stem=8,
+    blocks=(
+        _block(3, 8, 8, True, "relu", 2),
+        _block(3, 24, 16, False, "relu", 2),
+        _block(5, 32, 16, True, "hardswish"),
+    ),
+    tail=48,
+    hidden=48,
+)
+# ACH where a block of stride 1 widens, as wide as it was: within 6 %.
+_SMALL_ACH = _SMALL.model_copy(
+    update={"name": "mobilenet_v3_small_ach", "ach": ACHExpansion(cs={4: 20, 5: 20, 7: 14, 9: 31, 10: 31})}
+)
+VARIANTS = {config.name: config for config in (_NANO, _SMALL, _SMALL_ACH)}
 FAMILY = Family(MobileNetV3Config, MobileNetV3, VARIANTS)
