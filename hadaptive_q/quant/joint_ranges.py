@@ -89,7 +89,8 @@ class Multiplication:
 
         def choose() -> None:
             limits = [q.observer.limits() for q in self.quantizers]
-            found = [(q.low, q.high) for q in self.quantizers]
+            # Not from the range that each has by itself: where all three clip, none alone gains by clipping less.
+            found = list(limits)
             for _ in range(ALTERNATIONS):
                 for place, quantizer in enumerate(self.quantizers):
                     if not quantizer.known:

@@ -63,7 +63,7 @@ def test_a_tail_that_meets_zeros_gets_no_codes() -> None:
     model = Star(gate=False).eval()
     found = stored_product(model, "product")
     assert found > stored_product(model, "histogram") + 1
-    assert found > stored_product(model, "minmax") + 1
+    assert found > stored_product(model, "minmax") + 0.5
 
 
 def test_a_gate_over_pixels_loses_nothing() -> None:
