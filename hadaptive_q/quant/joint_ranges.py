@@ -3,7 +3,8 @@
 Of an element-wise product ``p = a b``, ``J = E |Q_p(Q_a(a) Q_b(b)) - a b|^2 / E |a b|^2`` is least in all three ranges,
 plus ``E |Q_a(a) - a|^2 / E |a|^2`` for an operand that has other readers. An operand's error counts by how large the
 other one is where it occurs: clipping a tail that meets small factors costs little, one code near zero that meets large
-ones much. A gate `(B, C, 1, 1)` meets every pixel of its channel. The first term is taken over a sample of pairs.
+ones much. A gate `(B, C, 1, 1)` meets every pixel of its channel. The first term is taken over the pairs with the
+largest products, which are few and decide where to clip, and over a sample of all others.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from hadaptive_q.rewrite.fold_dysoft import stored_range
 from hadaptive_q.rewrite.graph import aten, calls
 from hadaptive_q.rewrite.products import Product, norm_of_products
 
-PAIRS = 1 << 16
+PAIRS, LARGEST = 1 << 16, 1 << 13
 
 
 class JointRanges(Protocol):
@@ -76,13 +77,26 @@ class Multiplication:
     def __init__(self, quantizers: Sequence[ActivationFakeQuantize], operands: Sequence[str], apart: Sequence[bool]):
         """`operands` are names of nodes, `apart` says of each whether anything else reads its codes."""
         self.quantizers, self.operands, self.apart = quantizers, operands, apart
-        self.sampler = PixelSampler(PAIRS)
+        self.sampler, self.seen, self.largest = PixelSampler(PAIRS), 0, torch.empty(0, 2)
         self.names = set(operands)
 
     def watch(self, values: dict[str, Tensor]) -> None:
         pair = torch.broadcast_tensors(*(values[name] for name in self.operands))
         # Every pair is a pixel of two channels.
-        self.sampler.add(torch.stack(pair, dim=1).flatten(2)[..., None])
+        pixels = torch.stack(pair, dim=1).flatten(2)[..., None]
+        self.sampler.add(pixels)
+        self.seen += pair[0].numel()
+        known = torch.cat((self.largest, pixels.transpose(1, 2).reshape(-1, 2)))
+        self.largest = known[known.prod(dim=1).abs().topk(min(LARGEST, len(known))).indices]
+
+    def pairs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return operands `a` and `b` `(N,)`, and for how many pairs each stands."""
+        drawn = self.sampler.chosen()[0, :, 0].T
+        others = drawn[drawn.prod(dim=1).abs() < self.largest.prod(dim=1).abs().min()]
+        share = (self.seen - len(self.largest)) / max(1, len(others))
+        counts = torch.cat((torch.ones(len(self.largest)), torch.full((len(others),), share)))
+        a, b = torch.cat((self.largest, others)).T
+        return a, b, counts
 
     def chooser(self) -> Callable[[], None]:
         alone = [q.observer.values() if apart else None for q, apart in zip(self.quantizers, self.apart, strict=False)]
@@ -104,16 +118,17 @@ class Multiplication:
         self, ranges: Sequence[Range], place: int, alone: Sequence[Weighted | None]
     ) -> Callable[[Tensor, Tensor], Tensor]:
         """Return J as a function of the range at `place`, the others being `ranges`."""
-        pairs = self.sampler.chosen()[0, :, 0]
-        a, b = pairs[0], pairs[1]
-        wanted, levels = a * b, [q.observer.levels for q in self.quantizers]
+        a, b, counts = self.pairs()
+        # As weights of the squares of a relative error.
+        weights, levels = counts.sqrt(), [q.observer.levels for q in self.quantizers]
+        wanted = a * b * weights
 
         def error(low: Tensor, high: Tensor) -> Tensor:
             tried = list(ranges)
             tried[place] = low, high
             first, second, result = tried
             product = quantize(a, *first, levels[0]) * quantize(b, *second, levels[1])
-            total = relative_error(wanted, quantize(product, *result, levels[2]))
+            total = relative_error(wanted, quantize(product, *result, levels[2]) * weights)
             for values, ends, count in zip(alone, (first, second), levels, strict=False):
                 if values is not None:
                     total = total + values.error(*ends, count) / values.power()
