@@ -228,6 +228,12 @@ def start_fit(
         each.learn(weights)
 
 
+def refine_weights(calibrated: Calibrated, bits: int) -> None:
+    """Round weights of fewer bits to `bits` of them, over the same range, until they are refined to other ones."""
+    for quantizer in _weight_quantizers(calibrated.graph):
+        quantizer.refine(bits)
+
+
 def freeze_ranges(calibrated: Calibrated) -> None:
     """Keep every range and scale from now on; weights go on training against them."""
     for quantizer in activation_quantizers(calibrated.graph):
