@@ -48,6 +48,7 @@ INT4: dict[str, tuple[str, ...]] = {
     "five times the learning rate": ("fit.lr=5e-4",),
     "scales of weights learned": ("quantize.weight_ranges=learned",),
     "oscillation damping": ("fit.damping=0.001",),
+    "`rounding: nearest`, 8 bits in the first half": ("quantize.rounding=nearest", "fit.gradual=0.5"),
 }
 EPOCHS = {"glyphs": (10, 2)}
 COLUMNS = (

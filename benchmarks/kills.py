@@ -4,7 +4,8 @@
 
 Every run trains, quantizes, lowers and reports a nano network on a small folder of images, in a process forked from
 this one, which has the libraries loaded. It is killed (SIGKILL) or interrupted (SIGINT) at a random moment and started
-again by the same command, until it is done.
+again by the same command: twice before it may end. The first of these moments is, every other time, drawn from the
+trainings alone: lowering takes most of the time of a network as small as this.
 """
 
 from __future__ import annotations
@@ -73,7 +74,11 @@ def measure(folder: Path, kills: int, interrupts: int) -> list[tuple[str, ...]]:
     make_images(folder / "images")
     begin = time.perf_counter()
     undisturbed = folder / "undisturbed"
-    if Run(folder, undisturbed).wait() != 0:
+    first = Run(folder, undisturbed)
+    while first.lasts(0.1) and not (undisturbed / "quantized.safetensors").is_file():
+        pass
+    trained = time.perf_counter() - begin
+    if first.wait() != 0:
         raise SystemExit("the undisturbed run failed")
     whole = time.perf_counter() - begin
     signals = [signal.SIGKILL] * kills + [signal.SIGINT] * interrupts
@@ -82,24 +87,28 @@ def measure(folder: Path, kills: int, interrupts: int) -> list[tuple[str, ...]]:
     broken, runs, unclear = [], 0, []
     while signals:
         out = folder / f"run {runs}"
-        while True:
+        for longest in (trained if runs % 2 else whole, 0.7 * whole):
             run = Run(folder, out)
-            if not signals or not run.lasts(random.uniform(0, 0.7) * whole):
-                if run.wait():
-                    unclear.append(run.said())
+            if not signals or not run.lasts(random.uniform(0, longest)):
+                run.wait()
                 break
             os.kill(run.pid, signals[-1])
             code = run.wait()
             if code == 0:  # it was done just then
                 print(f"{signals[-1].name} came to nothing: {phase(out)}", file=sys.stderr, flush=True)
                 break
-            interrupted = run.said().startswith("hadaptive-q: interrupted; ")
+            last = run.said().splitlines()[-1:]
+            interrupted = bool(last) and last[0].startswith("hadaptive-q: interrupted; ")
             if code not in (-signal.SIGKILL, 130) or (code == 130) != interrupted:
-                unclear.append(run.said())
+                unclear.append(f"code {code}: {run.said()}")
             at = phase(out)
             phases[signals.pop()][at] += 1
             broken += damaged(out)
             print(f"{code} during {at}: {len(signals)} left", file=sys.stderr, flush=True)
+        else:
+            run = Run(folder, out)
+            if run.wait() != 0:
+                unclear.append(run.said())
         runs += 1
         left = [path.name for path in out.iterdir() if path.name.startswith(".") or path.suffix == ".state"]
         other = [name for name in COMPARED if (out / name).read_bytes() != (undisturbed / name).read_bytes()]

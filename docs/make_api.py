@@ -26,6 +26,7 @@ ENTRY_POINTS = {
     "export": ("export_run",),
     "restore": ("open_run",),
     "verify": ("verify",),
+    "share": ("pull",),
     "regress": ("hold", "Outcome", "figures"),
     "report.record": ("read_report", "Report"),
     "data.sources": ("open_data",),

@@ -75,12 +75,23 @@ def output_folder(path: Path) -> Iterator[Path]:
             f"--out {path}", f"'{error.strerror}'", "a folder that can be written", "choose another --out"
         ) from error
     try:
-        for left in path.glob(f".*{PART}"):
-            left.unlink()
+        _remove_parts(path)
         yield path
     finally:
         (path / LOCK).unlink(missing_ok=True)
         os.close(lock)
+
+
+def clear(path: Path) -> None:
+    """Remove what this process, which ends now, has half-written in the folder `path` that it holds."""
+    if (path / LOCK).is_file() and (path / LOCK).read_text() == str(os.getpid()):
+        _remove_parts(path)
+        (path / LOCK).unlink()
+
+
+def _remove_parts(path: Path) -> None:
+    for left in path.glob(f".*{PART}"):
+        left.unlink()
 
 
 def _hold(folder: Path) -> int:

@@ -11,6 +11,7 @@ import typer
 
 from hadaptive_q import options as given
 from hadaptive_q.arm.cores import find_core
+from hadaptive_q.cli_share import share
 from hadaptive_q.errors import UserError, nearest
 from hadaptive_q.examples import epilog
 from hadaptive_q.interruption import resumable
@@ -385,6 +386,7 @@ def doctor(
         raise typer.Exit(1)
 
 
+app.registered_commands += share.registered_commands
 for _command in app.registered_commands:
     assert _command.callback
     _command.epilog = epilog(_command.name or _command.callback.__name__)

@@ -34,6 +34,8 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "export": ("export runs/mine --to onnx",),
     "import": ("import authors.pt --out runs/imported",),
     "info": ("info hadaptive_net_s --classes 100", "info model.safetensors --image-size 160"),
+    "push": ("push runs/mine user/flowers-int8", "push runs/mine user/flowers-int8 --private"),
+    "pull": ("pull user/flowers-int8 --out runs/flowers", "pull path/to/shared --out runs/flowers"),
     "recipes": ("recipes --json",),
     "doctor": ("doctor", "doctor --run --json"),
 }

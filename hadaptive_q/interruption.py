@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
+from rich.console import Console
+
+from hadaptive_q.atomic import clear
 from hadaptive_q.errors import UserError
 
 Result = TypeVar("Result")
@@ -20,13 +26,32 @@ def resumable(step: Callable[[], Result], folder: Path) -> Result:
     Interrupted by Ctrl-C, it says what is kept and ends the process with code 130. Raises UserError where a training
     diverges.
     """
-    try:
-        return step()
-    except KeyboardInterrupt:
+    with _ended_by_interrupt(folder):
+        try:
+            return step()
+        except FloatingPointError as error:
+            raise UserError(
+                "training", str(error), "a finite loss", "lower the learning rate: --set float.lr=... or fit.lr=..."
+            ) from error
+
+
+@contextmanager
+def _ended_by_interrupt(folder: Path) -> Iterator[None]:
+    def end(*_: object) -> NoReturn:
+        # Not by an exception: where torch's tracer calls Python from C++ that cannot unwind, one aborts the process.
+        clear(folder)
+        Console(stderr=True).show_cursor()  # a progress bar hides it
+        line = "\n" if sys.stderr.isatty() else ""  # behind that bar
         kept = ", ".join(name for name in KEPT if (folder / name).is_file()) or "nothing yet"
-        print(f"hadaptive-q: interrupted; {folder} keeps {kept}; the same command goes on from there", file=sys.stderr)
-        sys.exit(130)
-    except FloatingPointError as error:
-        raise UserError(
-            "training", str(error), "a finite loss", "lower the learning rate: --set float.lr=... or fit.lr=..."
-        ) from error
+        line += f"hadaptive-q: interrupted; {folder} keeps {kept}; the same command goes on from there"
+        print(line, file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(130)
+
+    before = signal.getsignal(signal.SIGINT)
+    if before != signal.SIG_IGN:  # a job in the background is not meant to hear it
+        signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -50,6 +50,7 @@ from hadaptive_q.rewrite.freeze_selection import freeze_selection
 from hadaptive_q.train.loop import Training, check_tensorboard, discard_state, predict, train
 from hadaptive_q.train.losses import fit_loss, float_loss
 from hadaptive_q.train.observe import ObservedGraph, ObservedModel
+from hadaptive_q.train.schedule import weight_bits
 
 log = logging.getLogger(__name__)
 QAT_STATE = "qat.state"
@@ -205,7 +206,10 @@ def _fit(
     fit = recipe.fit
     assert fit is not None
 
+    lowest = min(form.bits for form in calibrated.plan.weights.values())
+
     def on_epoch(_model: nn.Module, epoch: int) -> None:
+        backend.refine_weights(calibrated, weight_bits(epoch, fit.gradual * fit.epochs, lowest))
         if epoch >= fit.freeze_ranges * fit.epochs:
             backend.freeze_ranges(calibrated)
 
@@ -228,6 +232,7 @@ def _fit(
         tensorboard=tensorboard,
     )
     train(ObservedGraph(calibrated.graph), data, training)
+    backend.refine_weights(calibrated, lowest)
     backend.end_fit(calibrated)
 
 

@@ -17,9 +17,11 @@ def shown(quiet: bool) -> Iterator[None]:
     before = logger.level
     logger.setLevel(logging.ERROR if quiet else logging.INFO)
     logger.addHandler(handler)
+    logger.propagate = False  # libraries give the root logger a handler, which would say everything again
     try:
         yield
     finally:
+        logger.propagate = True
         logger.removeHandler(handler)
         logger.setLevel(before)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 import re
 import typing
 from collections.abc import Hashable, Mapping
@@ -30,6 +31,7 @@ ImageSize = Annotated[int, Field(gt=0, le=4096)]
 LAYER_KEYS = "quantize.layers."
 
 
+# Fields that came later are left out where they have no effect (`exclude_if`): a recipe keeps the digest it had.
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -103,13 +105,15 @@ class FitConfig(TrainConfig):
 
     `distill` is the share of the float network's logits in the loss, `distill_features` the weight of its blocks'
     outputs; ``distill: 1`` follows the float network alone, without labels and without dropout. `damping` holds weights
-    near the code they have; BatchNorm stays `folded` or goes on `live`.
+    near the code they have; `gradual` is the share of the epochs in which weights of few bits come down from 8 to their
+    own; BatchNorm stays `folded` or goes on `live`.
     """
 
     freeze_ranges: Annotated[float, Field(ge=0, le=1)] = 0.5
     distill: Annotated[float, Field(ge=0, le=1)] = 0.0
     distill_features: NonNegativeFloat = 0.0
     damping: NonNegativeFloat = 0.0
+    gradual: Annotated[float, Field(ge=0, lt=1, exclude_if=operator.not_)] = 0.0
     batch_norm: Literal["folded", "live"] = "folded"
 
 

@@ -43,18 +43,18 @@ class Verdict(TypedDict):
     notes: list[str]
 
 
-def verify(path: Path) -> list[Verdict]:
+def verify(path: Path, answers: bool = True) -> list[Verdict]:
     """Return what became of `path`, a file with a passport beside it, or of every such file in the folder of a run.
 
     A `.pte` and an `.onnx` run in a process of their own. Where versions and processor are those of the passport,
     their logits must be the same bit for bit; elsewhere, and for checkpoints, the classes the same and the logits
-    within 2 codes or 1e-4 of the largest.
+    within 2 codes or 1e-4 of the largest. Without `answers` only bytes are compared.
     Raises UserError where there is no passport, and where a checkpoint cannot be rebuilt.
     """
     if not path.exists():
         raise UserError(f"verify {path}", "no such file", "a file with a passport beside it, or the folder of a run")
     files = [path] if path.is_file() else _artefacts(path)
-    return [_verify(file) for file in files]
+    return [_verify(file, answers) for file in files]
 
 
 def _artefacts(folder: Path) -> list[Path]:
@@ -65,13 +65,13 @@ def _artefacts(folder: Path) -> list[Path]:
     return files
 
 
-def _verify(file: Path) -> Verdict:
+def _verify(file: Path, answers: bool) -> Verdict:
     if not file.is_file():
         return {"file": str(file), "problems": ["it is gone: only its passport is here"], "notes": []}
     passport = read_passport(file)
     problems = _changes(file, passport)
     # What is not the file that was measured is not worth running.
-    notes = [] if problems else _answers(file, passport, problems)
+    notes = _answers(file, passport, problems) if answers and not problems else []
     return {"file": str(file), "problems": problems, "notes": notes}
 
 

@@ -28,7 +28,9 @@ LAYERS = [
     ["changes"],
     ["regress", "passports", "measurement"],
     ["pipeline", "evaluate", "bench", "restore", "explain", "export", "search", "trial", "verify"],
+    ["share"],
     ["doctor", "examples", "options", "progress"],
+    ["cli_share"],
     ["cli", "pytest_plugin", "__main__", "__init__"],
 ]
 FENCES = {
@@ -40,6 +42,7 @@ FENCES = {
         "lower/idle_work.py",
         "lower/runtime.py",
         "lower/int8_tables.py",
+        "lower/fused_clamps.py",
         "lower/uint8_input.py",
         "lower/pointwise_int4.py",
     },
@@ -47,8 +50,9 @@ FENCES = {
     "onnx": {"lower/onnx.py", "lower/tidy_onnx.py"},
     "onnxruntime": {"lower/onnx.py"},
     "matplotlib": {"report/plots.py", "data/glyphs.py"},
-    "typer": {"cli.py", "options.py"},
+    "typer": {"cli.py", "cli_share.py", "options.py"},
     "datasets": {"data/hub.py"},
+    "huggingface_hub": {"share.py", "report/card.py"},
     "kornia": {"data/transforms.py"},
     "accelerate": {"train/loop.py"},
     "sklearn": {"data/digits.py"},

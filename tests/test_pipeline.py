@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterator
@@ -10,9 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.export import ExportedProgram
 
 from hadaptive_q import errors, pipeline
+from hadaptive_q.data.calibration import find_manifest, resolve
+from hadaptive_q.data.datasets import ImageData
 from hadaptive_q.data.sources import open_data
 from hadaptive_q.errors import UserError
 from hadaptive_q.evaluate import evaluate_file, evaluate_written
@@ -22,12 +26,14 @@ from hadaptive_q.lower.parity import sqnr_db, top1
 from hadaptive_q.lower.runtime import PteFile
 from hadaptive_q.models.checkpoint import load_model, save_model
 from hadaptive_q.models.families import create_model
+from hadaptive_q.models.hadaptive_net import HadaptiveNet
 from hadaptive_q.pipeline import quantize, train_float
+from hadaptive_q.quant.fake_quant import PerChannelWeightFakeQuantize
 from hadaptive_q.quant.sites import find_sites
 from hadaptive_q.recipe import Recipe, load_recipe, parse_recipe, shipped
 from hadaptive_q.report.record import InputRecord
 from hadaptive_q.restore import open_run
-from hadaptive_q.train.loop import predict
+from hadaptive_q.train.loop import Training, predict
 
 QUANTIZING = [name for name in shipped("recipes") if load_recipe(name).task != "train"]
 TRAINING = [name for name in shipped("recipes") if load_recipe(name).task == "train"]
@@ -238,3 +244,23 @@ def test_names_of_layers_are_checked_before_the_training(tmp_path: Path, monkeyp
     recipe = load_recipe("int4_ptq", ["model=hadaptive_net_nano", "quantize.layers.head.clasifier=4"])
     with pytest.raises(UserError, match=r"quantize\.layers, head\.clasifier.*head\.classifier"):
         pipeline.quantize(recipe, tmp_path)
+
+
+def test_weights_come_down_to_their_bits_while_they_train(
+    nano: HadaptiveNet, digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codes = []
+
+    def epochs(network: nn.Module, _data: ImageData, training: Training) -> None:
+        assert training.on_epoch
+        for epoch in range(training.config.epochs):
+            training.on_epoch(network, epoch)
+            packed = [m for m in network.modules() if isinstance(m, PerChannelWeightFakeQuantize) and m.quant_max == 7]
+            codes.append({quantizer.finer_max for quantizer in packed})
+
+    monkeypatch.setattr(pipeline, "train", epochs)
+    recipe = load_recipe("int4", ["quantize.rounding=nearest", "fit.epochs=4", "fit.gradual=0.5"])
+    manifest = resolve(find_manifest("auto", digits), digits)
+    program = pipeline.quantized_program(recipe, copy.deepcopy(nano), digits, manifest, tmp_path, nano)
+    assert codes == [{127}, {31}, {7}, {7}]
+    assert {form.bits for form in program.plan.weights.values()} == {4, 8}

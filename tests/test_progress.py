@@ -33,13 +33,18 @@ def test_quiet_leaves_errors() -> None:
     assert line.endswith("no disk")
 
 
+def test_a_handler_that_a_library_gave_the_root_logger_repeats_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    assert said(quiet=False).count("lowering") == 1
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("hadaptive_q")] == []
+
+
 def test_nothing_is_left_behind() -> None:
     logger = logging.getLogger("hadaptive_q")
-    before = (logger.level, list(logger.handlers))
+    before = (logger.level, list(logger.handlers), logger.propagate)
     said(quiet=False)
     with pytest.raises(KeyError), redirect_stderr(io.StringIO()), shown(False):
         raise KeyError
-    assert (logger.level, list(logger.handlers)) == before
+    assert (logger.level, list(logger.handlers), logger.propagate) == before
 
 
 TRAINED = """

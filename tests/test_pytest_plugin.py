@@ -6,11 +6,14 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from hadaptive_q.models.checkpoint import save_model
+from hadaptive_q.models.hadaptive_net import HadaptiveNet
 from hadaptive_q.regress import DEFAULTS, NAMES
 
 pytest_plugins = ["pytester"]
@@ -57,6 +60,15 @@ def test_a_baseline_is_written_then_compared_with(user: pytest.Pytester) -> None
     refused = gated(user, keywords)
     refused.assert_outcomes(errors=1)
     refused.stdout.fnmatch_lines(['*, model: got "hadaptive_net_l"; expected "hadaptive_net_nano"*'])
+
+
+def test_a_recipe_is_run_and_held(user: pytest.Pytester, make_nano: Callable[..., HadaptiveNet]) -> None:
+    save_model(make_nano(), user.path / "mine.safetensors")
+    recipe = "recipe='int8_ptq', checkpoint='mine.safetensors', data='digits', set=['seed=7'], baseline='gate.json'"
+    gated(user, f"{recipe}, max_size_ratio=1", "--update-baseline").assert_outcomes(passed=1)
+    kept = json.loads((user.path / "gate.json").read_text())
+    assert kept["model"] == "hadaptive_net_nano"
+    gated(user, "run='runs/mine', baseline='gate.json'").assert_outcomes(errors=1)  # of another recipe: another seed
 
 
 def test_budgets_alone_and_the_body(user: pytest.Pytester) -> None:

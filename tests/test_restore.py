@@ -85,7 +85,19 @@ def test_missing_selection(static: Path) -> None:
         open_run(static)
 
 
-@pytest.mark.parametrize("content", ['{"blocks.2.expansion": [0, 1]}', "[1]", "{", '{"blocks.2.expansion": "x"}'])
+# Too few, out of range on either side, no whole numbers, no numbers.
+OTHER_CHANNELS = ("[0, 1]", "[0, 1, 2, 3, 4, 999]", "[-1, 1, 2, 3, 4, 5]", "[0.5, 1, 2, 3, 4, 5]", '"x"')
+
+
+@pytest.mark.parametrize("chosen", OTHER_CHANNELS)
+def test_a_selection_of_other_channels(chosen: str, static: Path) -> None:
+    path = static / "selection.json"
+    path.write_text(path.read_text().replace(path.read_text().split(": ")[1].split(', "')[0], chosen))
+    with pytest.raises(UserError, match=r"selection\.json: got '.*run it again"):
+        open_run(static)
+
+
+@pytest.mark.parametrize("content", ["[1]", "{", "{}"])
 def test_broken_selection(content: str, static: Path) -> None:
     (static / "selection.json").write_text(content)
     with pytest.raises(UserError, match=r"selection\.json.*run it again"):

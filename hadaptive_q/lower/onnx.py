@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -171,22 +172,22 @@ class OnnxFile:
                 providers=["CPUExecutionProvider"],
                 enable_fallback=0,  # it would print, and try the same once more
             )
+            inputs = [(given.name, given.type, given.shape) for given in self._session.get_inputs()]
         except _REFUSALS as error:
             raise UserError(f"file {path}", f"'{error}'", "an .onnx that onnxruntime loads") from error
-        self._name, self.input = self._images()
+        self._name, self.input = self._images(inputs)
 
-    def _images(self) -> tuple[str, FileInput]:
+    def _images(self, inputs: Sequence[tuple[str, str, Any]]) -> tuple[str, FileInput]:
         """Return the name of the one input and what it takes, a free batch dimension as 1."""
-        inputs = self._session.get_inputs()
-        for given in inputs if len(inputs) == len(self._session.get_outputs()) == 1 else []:
-            match given.type, given.shape:
+        for name, type_, shape in inputs if len(inputs) == len(self._session.get_outputs()) == 1 else []:
+            match type_, shape:
                 case ("tensor(float)", [batch, 3, int(), int()]) | (
                     "tensor(uint8)",
                     [batch, 3, int(), int()] | [batch, int(), int(), 3],
                 ):
-                    sizes = (batch if isinstance(batch, int) else 1, *given.shape[1:])
-                    return given.name, FileInput(_TYPES[given.type], sizes)
-        found = ", ".join(f"{given.name} {given.type} {given.shape}" for given in inputs)
+                    sizes = (batch if isinstance(batch, int) else 1, *shape[1:])
+                    return name, FileInput(_TYPES[type_], sizes)
+        found = ", ".join(f"{name} {type_} {shape}" for name, type_, shape in inputs)
         raise UserError(
             f"file {self.path}",
             f"inputs {found}",

@@ -176,7 +176,7 @@ class PerChannelWeightFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
 
     Formula: ``s_c = max |w_c| / high`` of the weight as it is now, ``y = clamp(round(w / s_c), -high, high) * s_c``.
     `hold` keeps scales found elsewhere instead, which may be learned. With 4 bits or fewer no `s_c` is below 2^-12 of
-    the largest. Shapes: `w` `(C, ...)`, `s` `(C,)`.
+    the largest. While `refine` has it, the same range is cut into more codes. Shapes: `w` `(C, ...)`, `s` `(C,)`.
     (torchao derives its constructor arguments from "PerChannel" in the name.)
     """
 
@@ -190,6 +190,7 @@ class PerChannelWeightFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
     def __init__(self, quant_min: int = -127, quant_max: int = 127, **_: Any) -> None:
         super().__init__()
         self.quant_min, self.quant_max = quant_min, quant_max
+        self.finer_max = quant_max
         self.scale = nn.Parameter(torch.empty(0), requires_grad=False)
         self.register_buffer("zero_point", torch.empty(0, dtype=torch.int32))
 
@@ -199,8 +200,8 @@ class PerChannelWeightFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
         if not self.fake_quant_enabled[0]:
             return w
         # The optimizer may have stepped below the smallest scale; what is used is what would be written.
-        scale = self.scale.clamp_min(SMALLEST_WEIGHT_SCALE)
-        out: Tensor = _FakeQuantizePerChannel.apply(w, scale, self.zero_point, self.quant_min, self.quant_max)
+        scale = self.scale.clamp_min(SMALLEST_WEIGHT_SCALE) * (self.quant_max / self.finer_max)
+        out: Tensor = _FakeQuantizePerChannel.apply(w, scale, self.zero_point, -self.finer_max, self.finer_max)
         return out
 
     def calculate_qparams(self, **_: Any) -> tuple[Tensor, Tensor]:
@@ -210,6 +211,10 @@ class PerChannelWeightFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
         """Keep `scale` `(C,)` from now on, whatever becomes of the weight."""
         self.set_scale(scale)
         self.disable_observer()
+
+    def refine(self, bits: int) -> None:
+        """Round to `bits` over the same range from now on, where they are more than its own."""
+        self.finer_max = max(self.quant_max, WeightFormat(bits).code_range[1])
 
     def learn(self, active: bool) -> None:
         """Let the optimizer move a scale that is held, or stop it."""

@@ -14,8 +14,8 @@ from hadaptive_q.report.plots import plots
 from hadaptive_q.report.record import Report
 
 
-def write_report_pages(report: Report, folder: Path, explanation: Explanation | None = None) -> None:
-    """Write both pages of `report` into `folder`, with who is to blame where an `explanation` was made."""
+def pages() -> Environment:
+    """Return the templates with what they call."""
     environment = Environment(
         loader=PackageLoader("hadaptive_q.report"),
         # Names come from users' folders and class names: escaped in HTML, plain in Markdown.
@@ -27,6 +27,12 @@ def write_report_pages(report: Report, folder: Path, explanation: Explanation | 
     environment.filters["mb"] = lambda count: f"{count / 1e6:.3f} MB"
     environment.filters["counted"] = _counted
     environment.filters["label"] = tensor_label
+    return environment
+
+
+def write_report_pages(report: Report, folder: Path, explanation: Explanation | None = None) -> None:
+    """Write both pages of `report` into `folder`, with who is to blame where an `explanation` was made."""
+    environment = pages()
     weakest = sorted(report.layers, key=lambda layer: layer.sqnr_db)[:10]
     shown = {"report": report, "weakest": weakest, "explanation": explanation}
     write_text(folder / "report.md", environment.get_template("report.md.j2").render(shown))

@@ -15,7 +15,8 @@ aten = torch.ops.aten
 # Element-wise activations of a layer, whatever its channels.
 ACTIVATIONS = (aten.hardswish.default, aten.hardswish_.default)
 # Those that cut values off at bounds and change nothing between.
-CLAMPS = (aten.relu.default, aten.relu_.default, aten.hardtanh.default, aten.hardtanh_.default)
+_RELU, _RELU6 = (aten.relu.default, aten.relu_.default), (aten.relu6.default, aten.relu6_.default)
+CLAMPS = (*_RELU, *_RELU6, aten.hardtanh.default, aten.hardtanh_.default)
 
 
 def trace(model: nn.Module, image_size: int) -> GraphModule:
@@ -60,8 +61,8 @@ def split_constant(graph: GraphModule, node: Node) -> tuple[Tensor, Node] | None
 
 def clamp_bounds(node: Node) -> tuple[float, float] | None:
     """Return the least and the greatest value that one of `CLAMPS` lets pass, or None if `node` is something else."""
-    if node.target in (aten.relu.default, aten.relu_.default):
-        return 0.0, math.inf
+    if node.target in (*_RELU, *_RELU6):
+        return 0.0, math.inf if node.target in _RELU else 6.0
     if node.target in CLAMPS:
         bounds: tuple[Any, ...] = (*node.args[1:], *(-1.0, 1.0)[len(node.args) - 1 :])
         return float(bounds[0]), float(bounds[1])

@@ -25,3 +25,9 @@ def noise_factor(step: int, steps: int, until: float) -> float:
     """
     end = until * steps
     return max(0.0, 1 - step / end) if end else 0.0
+
+
+def weight_bits(epoch: int, until: float, lowest: int) -> int:
+    """Return how many bits weights have in `epoch`: 8 in the first, a bit fewer at a time, `lowest` from `until` on."""
+    left = max(0.0, 1 - epoch / until) if until else 0.0
+    return lowest + math.ceil((8 - lowest) * left)

@@ -160,6 +160,13 @@ def test_cut_files_are_refused(written: Written, tmp_path: Path, cut: int) -> No
         OnnxFile(tmp_path / "cut.onnx")
 
 
+def test_a_name_that_is_no_text_is_refused(written: Written, tmp_path: Path) -> None:
+    path = tmp_path / "name.onnx"
+    path.write_bytes(written.data.replace(b"images", b"im\xffges"))
+    with pytest.raises(UserError, match=r"name\.onnx.*utf-8.*onnxruntime loads"):
+        OnnxFile(path)
+
+
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
         OnnxFile(tmp_path / "nothing.onnx")

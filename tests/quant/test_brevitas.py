@@ -142,6 +142,19 @@ def test_a_learner_starts_as_what_it_stands_for_and_gives_it_what_it_learned(ori
     assert float((distance(found, wanted, origin) > 0).float().mean()) < 0.002
 
 
+@pytest.mark.parametrize(("origin", "x"), [pair for pair in origins() if bits_of(pair[0]) < 8 and pair[1].dim() > 1])
+def test_refined_weights_are_rounded_as_the_fake_quantizer_would(origin: FakeQuantizer, x: Tensor) -> None:
+    assert isinstance(origin, PerChannelWeightFakeQuantize)
+    learner = LearnedQuantizer(origin, x.dim())
+    for bits in (8, 5, bits_of(origin)):
+        learner.refine(bits)
+        origin.refine(bits)
+        with torch.no_grad():
+            apart = ((learner(x) - origin(x)).abs() > 1e-4 * x.abs().max()).float().mean()
+        assert int(learner.quant(x)[3]) == bits
+        assert float(apart) < 0.002, "but for values halfway between two codes"
+
+
 @pytest.mark.parametrize("config", [QuantizeConfig(), LOW_BITS], ids=["int8", "low bits"])
 def test_what_trains_is_what_ships(
     config: QuantizeConfig,

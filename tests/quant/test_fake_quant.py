@@ -264,6 +264,27 @@ def test_held_scales_stay_whatever_becomes_of_the_weight() -> None:
     assert small.scale.tolist() == [1.0, 2.0**-12], "the accumulator's limit holds for them, too"
 
 
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize(("own", "bits"), [(4, 8), (4, 5), (2, 3)])
+def test_refined_weights_have_more_codes_over_the_same_range(own: int, bits: int, held: bool) -> None:
+    quantizer = weight_constructor(WeightFormat(own))()
+    weight = torch.randn(3, 500, generator=torch.Generator().manual_seed(0))
+    if held:
+        quantizer.hold(weight.abs().amax(1) / 2**own)  # clips
+    coarse = quantizer(weight)
+    quantizer.refine(bits)
+    fine = quantizer(weight)
+    top, low = (WeightFormat(count).code_range[1] for count in (bits, own))
+    assert fine.unique(dim=1).shape[1] > coarse.unique(dim=1).shape[1]
+    torch.testing.assert_close(fine.abs().amax(1), coarse.abs().amax(1), rtol=1e-6, atol=0)
+    step = fine.abs().amax(1, keepdim=True) / top
+    torch.testing.assert_close(fine / step, (fine / step).round(), rtol=0, atol=1e-3)
+    assert torch.equal(quantizer.calculate_qparams()[0] * low, quantizer.scale * low), "what is written stays"
+    for fewer in (own, own - 1):
+        quantizer.refine(fewer)
+        assert torch.equal(quantizer(weight), coarse)
+
+
 @pytest.mark.parametrize("shape", [(6, 3, 2, 2), (10, 20)])
 def test_a_held_scale_learns_by_lsq_and_clipped_weights_wait(shape: tuple[int, ...]) -> None:
     w = torch.randn(shape, generator=torch.Generator().manual_seed(0)).requires_grad_()

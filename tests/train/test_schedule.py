@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from hadaptive_q.train.schedule import learning_rate_factor, noise_factor
+from hadaptive_q.train.schedule import learning_rate_factor, noise_factor, weight_bits
 
 
 def test_the_rate_rises_in_a_line_and_falls_in_a_cosine() -> None:
@@ -34,3 +34,12 @@ def test_noise_ends_when_it_should() -> None:
 def test_noise_may_last_to_the_end_or_never_begin() -> None:
     assert noise_factor(99, 100, 1.0) == pytest.approx(0.01)
     assert noise_factor(0, 100, 0.0) == 0.0
+
+
+def test_weights_lose_a_bit_at_a_time_and_end_at_their_own() -> None:
+    assert [weight_bits(epoch, 4.0, 4) for epoch in range(6)] == [8, 7, 6, 5, 4, 4]
+    assert [weight_bits(epoch, 2.5, 2) for epoch in range(5)] == [8, 6, 4, 2, 2]
+
+
+def test_weights_may_have_their_bits_from_the_start() -> None:
+    assert weight_bits(0, 0.0, 4) == 4

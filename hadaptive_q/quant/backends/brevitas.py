@@ -77,6 +77,13 @@ def start_fit(
             calibrated.graph.set_submodule(name, learners[quantizer])
 
 
+def refine_weights(calibrated: Calibrated, bits: int) -> None:
+    """Round weights of fewer bits to `bits` of them, over the same range, until they are refined to other ones."""
+    torchao_pt2e.refine_weights(calibrated, bits)
+    for _, learner in _learners(calibrated.graph):
+        learner.refine(bits)
+
+
 def freeze_ranges(calibrated: Calibrated) -> None:
     """Keep every scale from now on; weights go on training against them."""
     torchao_pt2e.freeze_ranges(calibrated)
@@ -127,6 +134,11 @@ class LearnedQuantizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.quant(x)[0]
         return y
+
+    def refine(self, bits: int) -> None:
+        """Round weights to `bits` over the same range from now on, where they are more than its own."""
+        if isinstance(self.origin, PerChannelWeightFakeQuantize):
+            self.quant.msb_clamp_bit_width_impl = BitWidthConst(max(bits, bits_of(self.origin)))
 
     @torch.no_grad()
     def read_out(self) -> FakeQuantizer:

@@ -36,6 +36,9 @@ class Backend(Protocol):
         `weights` has the scales of weights learned that do not follow their weight.
         """
 
+    def refine_weights(self, calibrated: Calibrated, bits: int) -> None:
+        """Round weights of fewer bits to `bits` of them, over the same range, until they are refined to other ones."""
+
     def freeze_ranges(self, calibrated: Calibrated) -> None:
         """Keep every range from now on; weights go on training against them."""
 
