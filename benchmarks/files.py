@@ -14,7 +14,8 @@ from torch.fx import GraphModule
 
 from hadaptive_q.lower.executorch import Lowered, lower
 from hadaptive_q.models.config import Preprocess
-from hadaptive_q.models.hadaptive_net import HadaptiveNet, create_model
+from hadaptive_q.models.families import create_model
+from hadaptive_q.models.network import Network
 from hadaptive_q.models.pixels import take_pixels
 from hadaptive_q.quant.backends import torchao_pt2e as backend
 from hadaptive_q.quant.plan import make_plan
@@ -36,7 +37,7 @@ QUANTIZED = {
 FORMS = ("stock float", "float", "stock int8", *QUANTIZED)
 
 
-def random_model(name: str, image_size: int) -> tuple[HadaptiveNet, Tensor]:
+def random_model(name: str, image_size: int) -> tuple[Network, Tensor]:
     """Return a network and the batch that its running statistics come from."""
     torch.manual_seed(0)
     model = create_model(name, CLASSES)
@@ -46,7 +47,7 @@ def random_model(name: str, image_size: int) -> tuple[HadaptiveNet, Tensor]:
     return model.eval(), inputs
 
 
-def make_file(form: str, model: HadaptiveNet, inputs: Tensor) -> bytes:
+def make_file(form: str, model: Network, inputs: Tensor) -> bytes:
     """Return the bytes of one of `FORMS`."""
     size = inputs.shape[-1]
     if form == "stock float":
@@ -60,7 +61,7 @@ def make_file(form: str, model: HadaptiveNet, inputs: Tensor) -> bytes:
     return lower(export_graph(graph, size)).data
 
 
-def make_program(form: str, model: HadaptiveNet, inputs: Tensor) -> QuantizedProgram:
+def make_program(form: str, model: Network, inputs: Tensor) -> QuantizedProgram:
     """Return the program of one of `QUANTIZED`, calibrated on one batch."""
     config = QUANTIZED[form]
     model = copy.deepcopy(model)

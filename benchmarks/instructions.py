@@ -20,14 +20,14 @@ from rows import Row, markdown, read_results, write_results, write_section
 
 from hadaptive_q.arm.cores import CORES
 from hadaptive_q.bench import bench_files
-from hadaptive_q.models.config import VARIANTS
+from hadaptive_q.models.config import MODELS
 
 BASE = "stock int8"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", action="append", default=[], choices=VARIANTS)
+    parser.add_argument("--model", action="append", default=[], choices=MODELS)
     parser.add_argument("--core", action="append", default=[], choices=CORES)
     parser.add_argument("--form", action="append", default=[], choices=FORMS, help="all unless given")
     parser.add_argument("--image-size", type=int, default=224)
@@ -78,7 +78,7 @@ def _keep(rows: list[Row], counts_only: bool) -> None:
 
 
 def _identity(row: Row) -> tuple[int, int, int]:
-    return list(VARIANTS).index(row["model"]), row["image_size"], FORMS.index(row["form"])
+    return list(MODELS).index(row["model"]), row["image_size"], FORMS.index(row["form"])
 
 
 def _table(rows: list[Row]) -> str:

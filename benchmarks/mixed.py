@@ -29,7 +29,7 @@ from hadaptive_q.lower.executorch import lower
 from hadaptive_q.lower.parity import agreement, sqnr_db, top1
 from hadaptive_q.lower.runtime import PteFile
 from hadaptive_q.models.checkpoint import load_model
-from hadaptive_q.models.hadaptive_net import HadaptiveNet
+from hadaptive_q.models.network import Network
 from hadaptive_q.pipeline import open_data_for, quantized_program
 from hadaptive_q.recipe import load_recipe
 from hadaptive_q.search import Goal, recipe_file, search
@@ -47,7 +47,7 @@ class Case:
     """A float network, its data, its answers, and where its files lie."""
 
     seed: int
-    model: HadaptiveNet
+    model: Network
     data: ImageData
     logits: Tensor
     labels: Tensor

@@ -32,7 +32,7 @@ from hadaptive_q.atomic import write_text
 from hadaptive_q.lower.executorch import lower
 from hadaptive_q.models.ach import ACH
 from hadaptive_q.models.cross_hadamard import pair_indices
-from hadaptive_q.models.hadaptive_net import create_model
+from hadaptive_q.models.families import create_model
 from hadaptive_q.rewrite.pair_costs import TABLE
 from hadaptive_q.rewrite.split_dequantize import split_dequantize
 

@@ -31,10 +31,11 @@ from hadaptive_q.data.transforms import normalise
 from hadaptive_q.errors import UserError
 from hadaptive_q.lower.parity import agreement, sqnr_db
 from hadaptive_q.models.checkpoint import load_model
-from hadaptive_q.models.hadaptive_net import HadaptiveNet
+from hadaptive_q.models.network import Network
 from hadaptive_q.quant.backends import torchao_pt2e as backend
 from hadaptive_q.quant.observers import ObserverName
 from hadaptive_q.quant.plan import make_plan
+from hadaptive_q.quant.sites import quantizer_of
 from hadaptive_q.recipe import QuantizeConfig
 from hadaptive_q.report.measure import measure_ach
 from hadaptive_q.rewrite.deploy import deploy_graph
@@ -80,9 +81,7 @@ def _spread(data: ImageData, count: int) -> Tensor:
     return normalise(images, data.preprocess)
 
 
-def _row(
-    model: HadaptiveNet, data: ImageData, inputs: Tensor, selection: str, observer: ObserverName
-) -> dict[str, Any]:
+def _row(model: Network, data: ImageData, inputs: Tensor, selection: str, observer: ObserverName) -> dict[str, Any]:
     """Quantize `model` with one observer and compare."""
     manifest = resolve(find_manifest("auto", data), data)
     model = copy.deepcopy(model)
@@ -125,7 +124,7 @@ def _row(
 def _own_sqnr(reference: GraphModule, quantized: GraphModule, product: Product, inputs: Tensor) -> dict[str, float]:
     """Return what the two ranges of one ACH cost by themselves: its quantizers on float features."""
     values = record(reference, inputs, {product.mixed, product.chosen, product.normed})
-    mixed, normed = (backend.quantizer_of(quantized, name) for name in (product.mixed, product.normed))
+    mixed, normed = (quantizer_of(quantized, name) for name in (product.mixed, product.normed))
     with torch.no_grad():
         stored = normed(norm_of_products(reference, product)(mixed(values[product.chosen])))
         return {

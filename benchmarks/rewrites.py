@@ -23,7 +23,7 @@ from hadaptive_q.arm.count import count_instructions
 from hadaptive_q.errors import UserError
 from hadaptive_q.lower import executorch
 from hadaptive_q.lower.runtime import PteFile
-from hadaptive_q.models.hadaptive_net import HadaptiveNet
+from hadaptive_q.models.network import Network
 from hadaptive_q.rewrite.deploy import REWRITES
 from hadaptive_q.rewrite.graph import trace
 
@@ -47,7 +47,7 @@ def main() -> None:
     write_section("rewrites", _table, PAGE)
 
 
-def _without(left_out: str, model: HadaptiveNet, inputs: Tensor) -> Row:
+def _without(left_out: str, model: Network, inputs: Tensor) -> Row:
     graph = trace(model, IMAGE_SIZE)
     row: Row = {"left_out": left_out, "core": CORE}
     try:

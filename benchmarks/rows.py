@@ -21,7 +21,7 @@ from hadaptive_q.data.sources import open_data
 from hadaptive_q.lower.parity import agreement, compare, sqnr_db, top1
 from hadaptive_q.lower.runtime import PteFile
 from hadaptive_q.models.checkpoint import load_model
-from hadaptive_q.models.hadaptive_net import HadaptiveNet
+from hadaptive_q.models.network import Network
 from hadaptive_q.pipeline import quantize
 from hadaptive_q.recipe import Recipe
 from hadaptive_q.report.record import Report
@@ -125,7 +125,7 @@ def stock_int4_row(data_name: str, seed: int, checkpoint: Path, kept: Path) -> R
     return _shown(row)
 
 
-def _stock_case(data_name: str, checkpoint: Path) -> tuple[HadaptiveNet, ImageData, Iterable[Tensor]]:
+def _stock_case(data_name: str, checkpoint: Path) -> tuple[Network, ImageData, Iterable[Tensor]]:
     """Return the float network, the data as it was trained to see it, and the calibration samples of our recipes."""
     model = load_model(checkpoint)
     assert model.preprocess is not None

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torchao.quantization.pt2e import move_exported_model_to_train
 from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
 
-from hadaptive_q.models.hadaptive_net import HadaptiveNet, create_model
+from hadaptive_q.models.families import create_model
+from hadaptive_q.models.network import Network
 from hadaptive_q.quant.backends import torchao_pt2e as backend
 from hadaptive_q.quant.plan import make_plan
 from hadaptive_q.recipe import FitConfig, QuantizeConfig, TrainConfig
@@ -98,19 +99,19 @@ def _step(model: nn.Module, loss: Callable[[], Tensor]) -> Step:
     return step
 
 
-def _float(model: HadaptiveNet, inputs: Tensor, labels: Tensor) -> Step:
+def _float(model: Network, inputs: Tensor, labels: Tensor) -> Step:
     student = ObservedModel(model.train()).to(DEVICE)
     loss, images = float_loss(TrainConfig(epochs=1, lr=1e-5), student), inputs.to(DEVICE)
     return _step(student, lambda: loss(student, images, labels))
 
 
-def _qat(teacher: HadaptiveNet, inputs: Tensor, labels: Tensor, distill: float) -> Step:
+def _qat(teacher: Network, inputs: Tensor, labels: Tensor, distill: float) -> Step:
     size = inputs.shape[-1]
     graph = deploy_graph(create_model(teacher.config.name, CLASSES).eval(), size)
     prepared = backend.prepare(graph, make_plan(graph, QuantizeConfig()), "minmax")
     calibrated = backend.calibrate(prepared, [inputs[:8]])
     backend.start_fit(calibrated, learned=False)
-    student = ObservedGraph(calibrated.graph, teacher.config.slot_order).to(DEVICE)
+    student = ObservedGraph(calibrated.graph).to(DEVICE)
     images = inputs.to(DEVICE)
     loss = fit_loss(FitConfig(epochs=1, lr=1e-5, distill=distill), ObservedModel(teacher).to(DEVICE))
     return _step(student, lambda: loss(student, images, labels))

@@ -6,12 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hadaptive_q.models.checkpoint import load_model, save_model
-    from hadaptive_q.models.hadaptive_net import HadaptiveNet, create_model
+    from hadaptive_q.models.families import create_model
+    from hadaptive_q.models.hadaptive_net import HadaptiveNet
+    from hadaptive_q.models.network import Network
     from hadaptive_q.share import from_pretrained, push_to_hub, save_pretrained
 
 __version__ = "0.1.0"
 __all__ = [
     "HadaptiveNet",
+    "Network",
     "create_model",
     "from_pretrained",
     "load_model",
@@ -22,7 +25,8 @@ __all__ = [
 
 _HOME = {
     "HadaptiveNet": "models.hadaptive_net",
-    "create_model": "models.hadaptive_net",
+    "Network": "models.network",
+    "create_model": "models.families",
     "from_pretrained": "share",
     "load_model": "models.checkpoint",
     "push_to_hub": "share",

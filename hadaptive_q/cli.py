@@ -19,7 +19,7 @@ from hadaptive_q.errors import UserError, nearest
 from hadaptive_q.examples import epilog
 from hadaptive_q.interruption import resumable
 from hadaptive_q.lower.file_formats import find_formats
-from hadaptive_q.models.config import INPUTS, VARIANTS
+from hadaptive_q.models.config import INPUTS, MODELS
 from hadaptive_q.progress import shown
 from hadaptive_q.recipe import Recipe, load_recipe, shipped
 
@@ -93,6 +93,7 @@ def train(
 @app.command()
 def qat(
     recipe: given.ARecipe = "int8",
+    model: given.Model = None,
     checkpoint: given.Checkpoint = None,
     data: given.Data = None,
     out: given.Out = None,
@@ -104,13 +105,14 @@ def qat(
     as_json: given.AsJson = False,
 ) -> None:
     """Quantize with training: float model (trained first if none is given), QAT, .pte, report."""
-    resolved = _quantizing(recipe, set_, "qat", input_, data=data, seed=seed)
+    resolved = _quantizing(recipe, set_, "qat", input_, model=model, data=data, seed=seed)
     _quantize(resolved, checkpoint, out, to, tensorboard, as_json)
 
 
 @app.command()
 def ptq(
     recipe: given.ARecipe = "int8_ptq",
+    model: given.Model = None,
     checkpoint: given.Checkpoint = None,
     data: given.Data = None,
     out: given.Out = None,
@@ -122,7 +124,7 @@ def ptq(
     as_json: given.AsJson = False,
 ) -> None:
     """Quantize without training: float model, calibration, .pte, report."""
-    resolved = _quantizing(recipe, set_, "ptq", input_, data=data, seed=seed)
+    resolved = _quantizing(recipe, set_, "ptq", input_, model=model, data=data, seed=seed)
     _quantize(resolved, checkpoint, out, to, tensorboard, as_json)
 
 
@@ -328,7 +330,7 @@ def import_(
     model = load_model(checkpoint)
     with output_folder(out):
         save_model(model, out / "model.safetensors")
-    typer.echo(f"{out / 'model.safetensors'}: {model.config.num_classes} classes, {len(model.config.blocks)} blocks")
+    typer.echo(f"{out / 'model.safetensors'}: {model.config.num_classes} classes, {len(model.blocks)} blocks")
 
 
 @app.command()
@@ -339,17 +341,16 @@ def info(
     as_json: given.AsJson = False,
 ) -> None:
     """Print parameters, multiply-accumulates and stages."""
-    if model not in VARIANTS and not Path(model).exists():
-        raise UserError(
-            f"model {model}", "neither", f"one of {', '.join(VARIANTS)} or a file", nearest(model, VARIANTS)
-        )
+    if model not in MODELS and not Path(model).exists():
+        raise UserError(f"model {model}", "neither", f"one of {', '.join(MODELS)} or a file", nearest(model, MODELS))
     from hadaptive_q.models.checkpoint import load_model
-    from hadaptive_q.models.hadaptive_net import count_macs, count_parameters, create_model
+    from hadaptive_q.models.families import create_model
+    from hadaptive_q.models.network import count_macs, count_parameters
 
-    network = create_model(model, classes) if model in VARIANTS else load_model(model)
+    network = create_model(model, classes) if model in MODELS else load_model(model)
     if image_size < network.config.stride:
         raise UserError("--image-size", str(image_size), f"at least {network.config.stride}, the network's stride")
-    stages = [block.model_dump() for block in network.config.blocks]
+    stages = [block.model_dump() for block in network.config.stages]
     result: dict[str, Any] = {
         "model": network.config.name,
         "classes": network.config.num_classes,

@@ -17,7 +17,7 @@ from hadaptive_q.lower.executorch import Lowered
 from hadaptive_q.lower.file_formats import FORMATS, open_file
 from hadaptive_q.lower.parity import agreement, compare, output_scale, sqnr_db, top1, topk
 from hadaptive_q.lower.runtime import PteFile
-from hadaptive_q.models.hadaptive_net import HadaptiveNet
+from hadaptive_q.models.network import Network
 from hadaptive_q.quant.interpreter import IntegerProgram
 from hadaptive_q.quant.program import QuantizedProgram
 from hadaptive_q.recipe import Recipe
@@ -33,7 +33,7 @@ LAYER_SAMPLES = 256
 class FloatModel:
     """A trained float network and its logits over the validation split."""
 
-    model: HadaptiveNet
+    model: Network
     logits: Tensor
     labels: Tensor
 
@@ -64,7 +64,7 @@ def measure_run(
     out: Path,
     data: ImageData,
     reference: FloatModel,
-    deployed: HadaptiveNet,
+    deployed: Network,
     manifest: Manifest,
     program: QuantizedProgram,
     deploy: GraphModule,

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from hadaptive_q.arm.cores import CORES
 from hadaptive_q.errors import UserError
 from hadaptive_q.lower.file_formats import FORMATS
-from hadaptive_q.models.config import INPUTS, VARIANTS
+from hadaptive_q.models.config import INPUTS, MODELS
 from hadaptive_q.recipe import Recipe, load_recipe, shipped
 
 _CHECKPOINTS = (".safetensors", ".pt")
@@ -37,7 +37,7 @@ def complete_checkpoint(incomplete: str) -> list[str]:
 
 def complete_model(incomplete: str) -> list[str]:
     """The network's variants."""
-    return _starting(VARIANTS, incomplete)
+    return _starting(MODELS, incomplete)
 
 
 def complete_model_or_file(incomplete: str) -> list[str]:
@@ -115,7 +115,7 @@ ARecipe = Annotated[
 BaseRecipe = Annotated[
     str | None, typer.Option(help="All but the bits: a run's own, else int4_ptq.", autocompletion=complete_recipe)
 ]
-Model = Annotated[str | None, typer.Option(help=f"One of {', '.join(VARIANTS)}.", autocompletion=complete_model)]
+Model = Annotated[str | None, typer.Option(help=f"One of {', '.join(MODELS)}.", autocompletion=complete_model)]
 ModelOrFile = Annotated[
     str, typer.Argument(help="A variant's name or a checkpoint.", autocompletion=complete_model_or_file)
 ]

@@ -29,8 +29,9 @@ from hadaptive_q.lower.file_formats import FORMATS, ModelFile, find_formats
 from hadaptive_q.lower.runtime import PteFile
 from hadaptive_q.measurement import Answers, FloatModel, find_answers, measure_run
 from hadaptive_q.models.checkpoint import load_model, read_training_key, save_model
-from hadaptive_q.models.config import VARIANTS, Preprocess
-from hadaptive_q.models.hadaptive_net import HadaptiveNet, create_model
+from hadaptive_q.models.config import Preprocess
+from hadaptive_q.models.families import create_model, find_config
+from hadaptive_q.models.network import Network
 from hadaptive_q.models.pixels import take_pixels
 from hadaptive_q.passports import Origin
 from hadaptive_q.quant.backends import torchao_pt2e
@@ -132,7 +133,7 @@ def _files(
     out: Path,
     data: ImageData,
     reference: FloatModel,
-    model: HadaptiveNet,
+    model: Network,
     manifest: Manifest,
     program: QuantizedProgram,
     to: Sequence[str],
@@ -169,11 +170,11 @@ def _files(
 
 def quantized_program(
     recipe: Recipe,
-    model: HadaptiveNet,
+    model: Network,
     data: ImageData,
     manifest: Manifest,
     out: Path,
-    teacher: HadaptiveNet,
+    teacher: Network,
     tensorboard: Path | None = None,
 ) -> QuantizedProgram:
     """Prepare, calibrate, fit where the recipe trains, and convert `model`; `teacher` is the network as trained."""
@@ -189,7 +190,7 @@ def quantized_program(
     return torchao_pt2e.convert(calibrated, data.preprocess, recipe.quantize.input)
 
 
-def on_file_inputs(recipe: Recipe, preprocess: Preprocess, model: HadaptiveNet) -> tuple[Preprocess, HadaptiveNet]:
+def on_file_inputs(recipe: Recipe, preprocess: Preprocess, model: Network) -> tuple[Preprocess, Network]:
     """Return `preprocess` and `model` as the quantized program takes images: not normalised where it takes bytes."""
     if recipe.quantize.input == "float32":
         return preprocess, model
@@ -213,7 +214,7 @@ def _fit(
     recipe: Recipe,
     backend: Backend,
     calibrated: Calibrated,
-    teacher: HadaptiveNet,
+    teacher: Network,
     data: ImageData,
     manifest: Manifest,
     out: Path,
@@ -248,18 +249,20 @@ def _fit(
         on_epoch=on_epoch,
         tensorboard=tensorboard,
     )
-    train(ObservedGraph(calibrated.graph, teacher.config.slot_order), data, training)
+    train(ObservedGraph(calibrated.graph), data, training)
     backend.refine_weights(calibrated, lowest)
     backend.end_fit(calibrated)
 
 
-def open_data_for(recipe: Recipe, given: HadaptiveNet | None) -> ImageData:
+def open_data_for(recipe: Recipe, given: Network | None) -> ImageData:
     """Open the recipe's data the way `given` was trained to see images."""
     trained = given.preprocess if given else None
     size = recipe.image_size or (trained.image_size if trained else None)
     crop = recipe.crop or (trained.crop if trained else None)
     data = open_data(recipe.data, size, crop, recipe.workers)
-    config = given.config if given else VARIANTS[recipe.model]
+    config = given.config if given else find_config(recipe.model)
+    if recipe.quantize.selection == "static" and not config.selects:
+        raise UserError("quantize.selection", "'static'", f"'dynamic': {config.name} selects no channels")
     if data.preprocess.image_size < config.stride:
         raise UserError(
             "image_size", str(data.preprocess.image_size), f"at least {config.stride}, the stride of {config.name}"
@@ -282,7 +285,7 @@ def _few(classes: tuple[str, ...]) -> str:
     return ", ".join(classes[:3]) + (", ..." if len(classes) > 3 else "")
 
 
-def _trained(recipe: Recipe, data: ImageData, out: Path, tensorboard: Path | None) -> HadaptiveNet:
+def _trained(recipe: Recipe, data: ImageData, out: Path, tensorboard: Path | None) -> Network:
     target = out / "float.safetensors"
     parts = [recipe.model, recipe.slot_order, recipe.data, recipe.seed, recipe.float.model_dump(mode="json")]
     key = hashlib.sha256(json.dumps([*parts, data.preprocess.model_dump(mode="json")]).encode()).hexdigest()
@@ -291,11 +294,10 @@ def _trained(recipe: Recipe, data: ImageData, out: Path, tensorboard: Path | Non
         discard_state(training)  # of a run that was killed just before
         log.info("%s is of this very training: kept", target)
         return load_model(target)
-    _check_layers(recipe, data)
+    _check_fit(recipe, data)
     log.info("training %s: %d epochs of %d images", recipe.model, recipe.float.epochs, len(data.train))
     torch.manual_seed(recipe.seed)
-    model = create_model(recipe.model, data.num_classes, slot_order=recipe.slot_order)
-    model.preprocess = data.preprocess
+    model = _untrained(recipe, data)
     student = ObservedModel(model)
     train(student.train(), data, replace(training, loss=float_loss(recipe.float, student), tensorboard=tensorboard))
     drop_passport(target)
@@ -304,10 +306,19 @@ def _trained(recipe: Recipe, data: ImageData, out: Path, tensorboard: Path | Non
     return model
 
 
-def _check_layers(recipe: Recipe, data: ImageData) -> None:
-    """Raise UserError for a name in `quantize.layers` that the network will not have: before it is trained."""
+def _untrained(recipe: Recipe, data: ImageData) -> Network:
+    # The order of slots is a matter of networks that fill some by a selection.
+    own = {"slot_order": recipe.slot_order} if find_config(recipe.model).selects else {}
+    model = create_model(recipe.model, data.num_classes, **own)
+    model.preprocess = data.preprocess
+    return model
+
+
+def _check_fit(recipe: Recipe, data: ImageData) -> None:
+    """Raise UserError for what `quantize` cannot mean for the network: before it is trained."""
+    untrained = _untrained(recipe, data).eval()
+    on_file_inputs(recipe, data.preprocess, untrained)
     if recipe.quantize.layers:
-        untrained = create_model(recipe.model, data.num_classes, slot_order=recipe.slot_order).eval()
         make_plan(deploy_graph(untrained, data.preprocess.image_size), recipe.quantize)
 
 

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFlo
 from pydantic import ValidationError as PydanticError
 
 from hadaptive_q.errors import UserError, nearest
-from hadaptive_q.models.config import VARIANTS, InputName, SlotOrder
+from hadaptive_q.models.config import MODELS, InputName, SlotOrder
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 Bits = Annotated[int, Field(ge=2, le=8)]
@@ -241,9 +241,9 @@ def parse_recipe(content: Mapping[str, Any], where: str) -> Recipe:
         raise _explain(error, where) from error
     except (TypeError, ValueError, RecursionError) as error:
         raise UserError(where, f"'{error}'", "numbers, texts, lists and mappings") from error
-    if recipe.model not in VARIANTS:
-        hint = nearest(recipe.model, VARIANTS)
-        raise UserError(f"{where}, model", repr(recipe.model), f"one of {', '.join(VARIANTS)}", hint)
+    if recipe.model not in MODELS:
+        hint = nearest(recipe.model, MODELS)
+        raise UserError(f"{where}, model", repr(recipe.model), f"one of {', '.join(MODELS)}", hint)
     if (recipe.fit is None) != (recipe.task != "qat"):
         raise UserError(f"{where}, task", repr(recipe.task), "'fit' with task: qat, and only there")
     return recipe

@@ -15,7 +15,7 @@ from hadaptive_q.data.datasets import ImageData
 from hadaptive_q.errors import UserError
 from hadaptive_q.models.checkpoint import load_model
 from hadaptive_q.models.config import Preprocess
-from hadaptive_q.models.hadaptive_net import HadaptiveNet
+from hadaptive_q.models.network import Network
 from hadaptive_q.pipeline import on_file_inputs, open_data_for, prepare
 from hadaptive_q.quant.backends import torchao_pt2e as backend
 from hadaptive_q.quant.program import QuantizedProgram
@@ -39,7 +39,7 @@ class FinishedRun:
     recipe: Recipe
     report: Report
     data: ImageData
-    model: HadaptiveNet
+    model: Network
     deploy: GraphModule
     calibrated: backend.Calibrated
 
@@ -82,8 +82,8 @@ def _recipe(folder: Path) -> Recipe:
 
 
 def _rebuild(
-    folder: Path, recipe: Recipe, model: HadaptiveNet, preprocess: Preprocess
-) -> tuple[Preprocess, HadaptiveNet, GraphModule, backend.Calibrated]:
+    folder: Path, recipe: Recipe, model: Network, preprocess: Preprocess
+) -> tuple[Preprocess, Network, GraphModule, backend.Calibrated]:
     preprocess, model = on_file_inputs(recipe, preprocess, model)
     if recipe.quantize.selection == "static":
         _freeze(model, folder / "selection.json")
@@ -104,7 +104,7 @@ def _check_files(folder: Path, names: tuple[str, ...]) -> None:
         )
 
 
-def _freeze(model: HadaptiveNet, path: Path) -> None:
+def _freeze(model: Network, path: Path) -> None:
     _check_files(path.parent, (path.name,))
     try:
         chosen = json.loads(path.read_text(encoding="utf-8"))

@@ -31,8 +31,8 @@ from hadaptive_q.lower.executorch import lower
 from hadaptive_q.lower.layer_costs import instructions_added
 from hadaptive_q.lower.parity import top1
 from hadaptive_q.models.checkpoint import load_model
-from hadaptive_q.models.config import VARIANTS
-from hadaptive_q.models.hadaptive_net import HadaptiveNet
+from hadaptive_q.models.config import MODELS, HadaptiveNetConfig
+from hadaptive_q.models.network import Network
 from hadaptive_q.pipeline import calibrate, on_file_inputs, open_data_for, prepare, weights_digest
 from hadaptive_q.quant.assignment import choose
 from hadaptive_q.quant.backends import torchao_pt2e
@@ -218,10 +218,12 @@ def _mixed(recipe: Recipe) -> str:
     return f"{recipe.name.removesuffix('_mixed')}_mixed"
 
 
-def _prepare(recipe: Recipe, model: HadaptiveNet, data: ImageData, manifest: Manifest, samples: int) -> _Case:
+def _prepare(recipe: Recipe, model: Network, data: ImageData, manifest: Manifest, samples: int) -> _Case:
     bits = recipe.quantize.model_copy(update={"pointwise_weight_bits": 8})
-    variant = model.config.name if model.config.name in VARIANTS else recipe.model
-    own = {"name": _mixed(recipe), "model": variant, "slot_order": model.config.slot_order}
+    variant = model.config.name if model.config.name in MODELS else recipe.model
+    own: dict[str, object] = {"name": _mixed(recipe), "model": variant}
+    if isinstance(model.config, HadaptiveNetConfig):
+        own["slot_order"] = model.config.slot_order
     recipe = recipe.model_copy(update={**own, "quantize": bits})
     preprocess, model = on_file_inputs(recipe, data.preprocess, model)
     data = replace(data, preprocess=preprocess)

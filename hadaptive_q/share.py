@@ -18,7 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from hadaptive_q import atomic
 from hadaptive_q.errors import UserError
 from hadaptive_q.models.checkpoint import load_model
-from hadaptive_q.models.hadaptive_net import HadaptiveNet
+from hadaptive_q.models.network import Network
 from hadaptive_q.report.card import CARD, model_card
 from hadaptive_q.report.passport import ARTEFACTS, passport_path
 from hadaptive_q.report.record import read_report
@@ -79,7 +79,7 @@ def pull(name: str, out: Path, revision: str | None = None) -> None:
         _copy(source, out)
 
 
-def from_pretrained(name: str, revision: str | None = None) -> HadaptiveNet:
+def from_pretrained(name: str, revision: str | None = None) -> Network:
     """Return the float network of a shared run, of the hub's repository `name` or of a folder, in eval mode.
 
     Only tensors and JSON are read. Raises UserError where there is none.

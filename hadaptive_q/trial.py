@@ -17,7 +17,7 @@ import torch
 from hadaptive_q.lower.executorch import lower
 from hadaptive_q.lower.runtime import PteFile
 from hadaptive_q.models.config import Preprocess
-from hadaptive_q.models.hadaptive_net import create_model
+from hadaptive_q.models.families import create_model
 from hadaptive_q.quant.backends import torchao_pt2e as backend
 from hadaptive_q.quant.interpreter import IntegerProgram
 from hadaptive_q.quant.plan import make_plan

@@ -25,7 +25,8 @@ from hadaptive_q.lower.executorch import Lowered, lower
 from hadaptive_q.models.ach import DySoft
 from hadaptive_q.models.checkpoint import save_model
 from hadaptive_q.models.config import InputName
-from hadaptive_q.models.hadaptive_net import HadaptiveNet, create_model
+from hadaptive_q.models.families import create_model
+from hadaptive_q.models.hadaptive_net import HadaptiveNet
 from hadaptive_q.models.pixels import take_pixels
 from hadaptive_q.pipeline import quantized_program
 from hadaptive_q.quant.backends import torchao_pt2e as backend

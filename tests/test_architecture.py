@@ -42,6 +42,7 @@ FENCES = {
         "lower/idle_work.py",
         "lower/runtime.py",
         "lower/int8_tables.py",
+        "lower/fused_clamps.py",
         "lower/uint8_input.py",
         "lower/pointwise_int4.py",
     },

@@ -15,7 +15,7 @@ import torch
 from hadaptive_q.atomic import LOCK, PART, output_folder, replacing, write_bytes, write_text, write_with
 from hadaptive_q.errors import UserError
 from hadaptive_q.models.checkpoint import save_model
-from hadaptive_q.models.hadaptive_net import create_model
+from hadaptive_q.models.families import create_model
 from hadaptive_q.train.resume import save_state
 
 

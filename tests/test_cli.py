@@ -23,7 +23,7 @@ from hadaptive_q import search
 from hadaptive_q.__main__ import main
 from hadaptive_q.lower.onnx import to_onnx
 from hadaptive_q.models.checkpoint import save_model
-from hadaptive_q.models.hadaptive_net import create_model
+from hadaptive_q.models.families import create_model
 from hadaptive_q.options import parse_size
 from hadaptive_q.recipe import load_recipe
 

@@ -13,7 +13,7 @@ import typer
 
 from hadaptive_q import options
 from hadaptive_q.arm.cores import CORES
-from hadaptive_q.models.config import INPUTS, VARIANTS
+from hadaptive_q.models.config import INPUTS, MODELS
 from hadaptive_q.recipe import load_recipe, shipped
 
 
@@ -46,8 +46,8 @@ def test_data_are_names_and_folders(folder: Path) -> None:
 
 
 def test_models_and_checkpoints(folder: Path) -> None:
-    assert options.complete_model("") == list(VARIANTS)
-    assert options.complete_model_or_file("") == [*VARIANTS, "images/", "model.safetensors"]
+    assert options.complete_model("") == list(MODELS)
+    assert options.complete_model_or_file("") == [*MODELS, "images/", "model.safetensors"]
     assert options.complete_checkpoint("mod") == ["model.safetensors"]
 
 

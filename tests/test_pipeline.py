@@ -25,7 +25,8 @@ from hadaptive_q.lower.file_input import FileInput
 from hadaptive_q.lower.parity import sqnr_db, top1
 from hadaptive_q.lower.runtime import PteFile
 from hadaptive_q.models.checkpoint import load_model, save_model
-from hadaptive_q.models.hadaptive_net import HadaptiveNet, create_model
+from hadaptive_q.models.families import create_model
+from hadaptive_q.models.hadaptive_net import HadaptiveNet
 from hadaptive_q.pipeline import quantize, train_float
 from hadaptive_q.quant.fake_quant import PerChannelWeightFakeQuantize
 from hadaptive_q.quant.sites import find_sites

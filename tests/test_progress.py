@@ -51,7 +51,7 @@ TRAINED = """
 import sys, torch
 from hadaptive_q.data.datasets import ImageData, TensorSplit
 from hadaptive_q.data.sources import open_data
-from hadaptive_q.models.hadaptive_net import create_model
+from hadaptive_q.models.families import create_model
 from hadaptive_q.recipe import load_recipe
 from hadaptive_q.train.loop import Training, train
 data = open_data("digits", 32)

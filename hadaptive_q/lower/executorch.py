@@ -19,6 +19,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from hadaptive_q.lower.coverage import Coverage, measure_coverage
 from hadaptive_q.lower.delegate import Delegate, kept_graphs, write_delegate
+from hadaptive_q.lower.fused_clamps import CLAMPED
 from hadaptive_q.lower.idle_work import without_idle_work
 from hadaptive_q.lower.int8_tables import TABLES
 from hadaptive_q.lower.pointwise_int4 import mark_four_bits
@@ -27,7 +28,7 @@ from hadaptive_q.lower.tidy_delegate import tidy_delegate
 from hadaptive_q.lower.uint8_input import Uint8DequantizeConfig
 
 # The stock partitioner's configurations, with ours in the place of those they extend.
-_OURS = {**TABLES, DeQuantizedPerTensorConfig: Uint8DequantizeConfig}
+_OURS = {**TABLES, **CLAMPED, DeQuantizedPerTensorConfig: Uint8DequantizeConfig}
 _CONFIGS = [_OURS.get(config, config) for config in ALL_PARTITIONER_CONFIGS]
 
 

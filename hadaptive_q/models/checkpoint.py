@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -17,28 +18,31 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from hadaptive_q.atomic import write_bytes, write_text
-from hadaptive_q.errors import UserError
+from hadaptive_q.errors import UserError, nearest
 from hadaptive_q.models.conductor import read_conductor
-from hadaptive_q.models.config import HadaptiveNetConfig, Preprocess
-from hadaptive_q.models.hadaptive_net import HadaptiveNet
+from hadaptive_q.models.config import FAMILIES, NetworkConfig, Preprocess
+from hadaptive_q.models.families import build, find_family
+from hadaptive_q.models.network import Network
+
+AnyConfig = TypeVar("AnyConfig", bound=NetworkConfig)
 
 
-class CheckpointConfig(BaseModel):
-    """The JSON beside the weights."""
+class CheckpointConfig(BaseModel, Generic[AnyConfig]):
+    """The JSON beside the weights of a network of one family."""
 
     model_config = ConfigDict(extra="forbid")
     format: int = 1
-    model: HadaptiveNetConfig
+    model: AnyConfig
     preprocess: Preprocess | None = None
     training_key: str | None = None
 
 
-def save_model(model: HadaptiveNet, path: Path, training_key: str | None = None) -> None:
+def save_model(model: Network, path: Path, training_key: str | None = None) -> None:
     """Write `path` (`*.safetensors`) and its configuration (`*.json`), each in one step.
 
     `training_key` says what the weights were trained from, so that a finished training is not repeated.
     """
-    config = CheckpointConfig(model=model.config, preprocess=model.preprocess, training_key=training_key)
+    config = CheckpointConfig[Any](model=model.config, preprocess=model.preprocess, training_key=training_key)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     weights = save(tensors)
     if not path.is_file() or path.read_bytes() != weights:
@@ -55,7 +59,7 @@ def read_training_key(path: Path) -> str | None:
     return _read_safetensors(path)[0].training_key
 
 
-def load_model(path: str | Path) -> HadaptiveNet:
+def load_model(path: str | Path) -> Network:
     """Return the network stored at `path`, in float32 and eval mode.
 
     `path`: a `*.safetensors` with its `*.json` beside it, a folder that holds `model.safetensors`, or an
@@ -71,22 +75,22 @@ def load_model(path: str | Path) -> HadaptiveNet:
         config, tensors = _read_safetensors(path)
     else:
         model_config, tensors = read_conductor(path)
-        config = CheckpointConfig(model=model_config)
+        config = CheckpointConfig[Any](model=model_config)
     try:
         with torch.device("meta"):  # a configuration that lies is found out before its tensors take memory
-            expected = HadaptiveNet(config.model).state_dict()
+            expected = build(config.model).state_dict()
     except (ValueError, TypeError, RuntimeError, OverflowError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"checkpoint {path}", f"'{reason}'", "the configuration of a Hadaptive-Net") from error
+        raise UserError(f"checkpoint {path}", f"'{reason}'", "the configuration of a network") from error
     _check_tensors(expected, tensors, f"checkpoint {path}", config.model.name)
-    model = HadaptiveNet(config.model)
+    model = build(config.model)
     with torch.no_grad():
         model.load_state_dict({n: t.to(expected[n].dtype) for n, t in tensors.items()})
     model.preprocess = config.preprocess
     return model.eval()
 
 
-def _read_safetensors(path: Path) -> tuple[CheckpointConfig, dict[str, Tensor]]:
+def _read_safetensors(path: Path) -> tuple[CheckpointConfig[Any], dict[str, Tensor]]:
     beside = path.with_suffix(".json")
     if not beside.is_file():
         raise UserError(
@@ -101,16 +105,34 @@ def _read_safetensors(path: Path) -> tuple[CheckpointConfig, dict[str, Tensor]]:
         ) from error
 
 
-def read_config(path: Path) -> CheckpointConfig:
+def read_config(path: Path) -> CheckpointConfig[Any]:
     """Return the configuration in the JSON at `path`. Raises UserError for anything else."""
     try:
-        return CheckpointConfig.model_validate(json.loads(path.read_text()))
+        content = json.loads(path.read_text())
+        family = _family(content)
+        if family not in FAMILIES:
+            raise UserError(
+                f"checkpoint {path}, model.family",
+                repr(family),
+                f"one of {', '.join(FAMILIES)}",
+                nearest(family, FAMILIES),
+            )
+        config: CheckpointConfig[Any] = CheckpointConfig[find_family(family).config].model_validate(content)  # type: ignore[misc]
+        return config
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
         raise UserError(f"checkpoint {path}, {key}", repr(first["input"])[:80], first["msg"]) from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"checkpoint {path}", f"'{error}'", "the JSON written with the weights") from error
+
+
+def _family(content: Any) -> str:
+    """Return the family of the network in a checkpoint's JSON; checkpoints older than families name none."""
+    model = content.get("model") if isinstance(content, dict) else None
+    family = model.get("family", "hadaptive_net") if isinstance(model, dict) else None
+    # Nothing that is a network's: it is said what is wrong with it where it is validated.
+    return family if isinstance(family, str) else "hadaptive_net"
 
 
 def _check_tensors(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: str, name: str) -> None:

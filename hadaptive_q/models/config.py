@@ -1,24 +1,65 @@
-"""Hadaptive-Net variants as plain data.
+"""Networks as plain data: their families and variants by name, what all configurations share, and Hadaptive-Net's.
 
-Source: arXiv 2505.22226v2 ("Expressive yet Efficient Feature Expansion with Adaptive Cross-Hadamard
+Source of Hadaptive-Net: arXiv 2505.22226v2 ("Expressive yet Efficient Feature Expansion with Adaptive Cross-Hadamard
 Products"). Kept free of torch, so that recipes and ``--help`` can name models without loading it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator
+
+from hadaptive_q.errors import UserError
 
 Norm = Literal["dysoft", "batch_norm"]
 SlotOrder = Literal["rank", "channel"]
 # What a file takes: normalised images NCHW, or the bytes of an image, NHWC or NCHW.
 InputName = Literal["float32", "uint8", "uint8_nchw"]
 INPUTS: tuple[InputName, ...] = get_args(InputName)
+# A family is a module beside this one, which holds all there is to it; here stand the names that need no torch.
+FAMILIES = {
+    "hadaptive_net": ("nano", "s", "m", "l"),
+    "mobilenet_v3": ("nano", "small", "small_ach"),
+    "starnet": ("nano", "s1", "s2", "s3", "s4"),
+}
+# The variants by name, and the family of each.
+MODELS = {f"{family}_{variant}": family for family, variants in FAMILIES.items() for variant in variants}
 
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class NetworkConfig(_Frozen):
+    """Everything that decides the shape of a network, and nothing else; `family` is the key of its family."""
+
+    family: str
+    name: str
+    num_classes: PositiveInt = 100
+
+    @property
+    def stride(self) -> int:
+        """Input pixels per output pixel of the last stage: the smallest image the network takes."""
+        raise NotImplementedError
+
+    @property
+    def stages(self) -> Sequence[BaseModel]:
+        """The stages or blocks of the network, in the order of the data."""
+        raise NotImplementedError
+
+    @property
+    def selects(self) -> bool:
+        """Whether the network has selections of channels."""
+        return False
+
+    def with_ach(self, cs: Mapping[str, int], norm: Norm, slot_order: SlotOrder) -> NetworkConfig:
+        """Return the configuration once the modules named in `cs` expand by ACH that chooses so many channels.
+
+        Raises UserError where this family has no place for it.
+        """
+        raise UserError(f"replace_expansion of {self.name}", f"the family {self.family}", "one with plain expansions")
 
 
 class ConvConfig(_Frozen):
@@ -61,11 +102,10 @@ class ACHConfig(_Frozen):
 BlockConfig = GhostConfig | ACHConfig
 
 
-class HadaptiveNetConfig(_Frozen):
-    """Everything that decides the shape of a Hadaptive-Net, and nothing else."""
+class HadaptiveNetConfig(NetworkConfig):
+    """The shape of a Hadaptive-Net."""
 
-    name: str
-    num_classes: PositiveInt = 100
+    family: Literal["hadaptive_net"] = "hadaptive_net"
     stem: tuple[ConvConfig, ...]
     blocks: tuple[Annotated[BlockConfig, Field(discriminator="expansion")], ...]
     tail: PositiveInt = 960
@@ -75,11 +115,18 @@ class HadaptiveNetConfig(_Frozen):
 
     @property
     def stride(self) -> int:
-        """Input pixels per output pixel of the last stage: the smallest image the network takes."""
         stride = 1
         for part in (*self.stem, *self.blocks):
             stride *= part.s
         return stride
+
+    @property
+    def stages(self) -> Sequence[BaseModel]:
+        return self.blocks
+
+    @property
+    def selects(self) -> bool:
+        return any(isinstance(block, ACHConfig) for block in self.blocks)
 
 
 def _stem(first: int, second: int, third: int) -> tuple[ConvConfig, ...]:

@@ -5,17 +5,12 @@ Source: arXiv 2505.22226v2. Variants live in `config.VARIANTS`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from hadaptive_q.errors import UserError, nearest
-from hadaptive_q.models.ach import ACH
 from hadaptive_q.models.batch_random import Dropout
 from hadaptive_q.models.blocks import Bottleneck, ConvBN
-from hadaptive_q.models.config import VARIANTS, HadaptiveNetConfig, Preprocess
+from hadaptive_q.models.config import VARIANTS, HadaptiveNetConfig
+from hadaptive_q.models.network import Family, Network
 
 
 class Head(nn.Module):
@@ -35,16 +30,16 @@ class Head(nn.Module):
         return out
 
 
-class HadaptiveNet(nn.Module):
+class HadaptiveNet(Network):
     """The float network: normalised images `(B, 3, H, W)` to logits `(B, num_classes)`.
 
     H and W must be at least `config.stride`. `preprocess` says how images become inputs, once data decided it.
     """
 
+    config: HadaptiveNetConfig
+
     def __init__(self, config: HadaptiveNetConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.preprocess: Preprocess | None = None
+        super().__init__(config)
         channels, stem = 3, []
         for part in config.stem:
             stem.append(ConvBN(channels, part.channels, part.k, part.s, act=part.act))
@@ -63,12 +58,6 @@ class HadaptiveNet(nn.Module):
         out: Tensor = self.head(self.tail(self.blocks(self.stem(x))))
         return out
 
-    def ach_modules(self) -> Iterator[tuple[str, ACH]]:
-        """Yield `(name, module)` of every ACH, in the order of the data."""
-        for name, module in self.named_modules():
-            if isinstance(module, ACH):
-                yield name, module
-
 
 def _initialise(module: nn.Module) -> None:
     if isinstance(module, nn.Conv2d | nn.Linear):
@@ -77,28 +66,4 @@ def _initialise(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-def create_model(name: str, num_classes: int = 100, **overrides: object) -> HadaptiveNet:
-    """Return a freshly initialised variant; `overrides` replace fields of its configuration.
-
-    Raises UserError for an unknown name.
-    """
-    if name not in VARIANTS:
-        raise UserError(f"model {name!r}", "an unknown name", f"one of {', '.join(VARIANTS)}", nearest(name, VARIANTS))
-    fields = VARIANTS[name].model_dump() | {"num_classes": num_classes} | overrides
-    return HadaptiveNet(HadaptiveNetConfig.model_validate(fields))
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Return the number of trainable parameters."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-def count_macs(model: nn.Module, image_size: int) -> int:
-    """Return the multiply-accumulates of all convolutions and linears for one image (not FLOPs: half)."""
-    device = next(model.parameters()).device
-    image = torch.zeros(1, 3, image_size, image_size, device=device)
-    training = model.training
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model.eval()(image)
-    model.train(training)
-    return int(counter.get_total_flops()) // 2
+FAMILY = Family(HadaptiveNetConfig, HadaptiveNet, VARIANTS)

@@ -11,25 +11,28 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from hadaptive_q.models.blocks import ConvBN
+from hadaptive_q.errors import UserError
 from hadaptive_q.models.config import Preprocess
-from hadaptive_q.models.hadaptive_net import HadaptiveNet
+from hadaptive_q.models.network import Network
 
 
 @torch.no_grad()
-def take_pixels(model: HadaptiveNet, preprocess: Preprocess) -> HadaptiveNet:
+def take_pixels(model: Network, preprocess: Preprocess) -> Network:
     """Return a copy that makes of ``pixel / 255`` what `model` makes of the image normalised by `preprocess`.
 
-    Raises ValueError where the first convolution pads or has a bias.
+    Raises UserError where the first convolution pads: what it pads with is no pixel.
     """
     folded = copy.deepcopy(model)
-    first = folded.stem[0]
-    assert isinstance(first, ConvBN)
-    conv, norm = first.conv, first.bn
-    if conv.bias is not None or any(conv.padding) or conv.groups != 1:
-        raise ValueError(f"the normalisation does not fold into {conv}")
+    conv = next(module for module in folded.stem.modules() if isinstance(module, nn.Conv2d))
+    norm = next(module for module in folded.stem.modules() if isinstance(module, nn.BatchNorm2d))
+    if conv.padding != (0, 0):
+        raise UserError(
+            "quantize.input",
+            f"bytes for {model.config.name}, whose first convolution pads",
+            "float32: its zeros are images of the mean, which no byte is",
+        )
     mean, std = (torch.tensor(v, dtype=torch.float64)[:, None, None] for v in (preprocess.mean, preprocess.std))
     weight: Tensor = conv.weight.double() / std
     assert norm.running_mean is not None

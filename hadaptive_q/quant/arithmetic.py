@@ -5,7 +5,7 @@ batch size, on the CPU; scales are float32 values, held as Python floats. Sums r
 exact as long as every partial sum stays below 2^24 (float32) or 2^53 (float64); `exact_dtype` proves which one serves.
 
 Source: XNNPACK 1adaa7c (src/microparams-init.c, src/operators/convolution-nhwc.c, src/operators/reduce-nd.c,
-src/reference/unary-elementwise.cc, src/qs8-rdsum, src/qs8-vadd, src/qs8-qc8w-gemm, src/f32-qs8-vcvt,
+src/reference/unary-elementwise.cc, src/qs8-rdsum, src/qs8-vadd, src/qs8-vmul, src/qs8-qc8w-gemm, src/f32-qs8-vcvt,
 src/qs8-f32-vcvt), restated; checked against files run in the stock runtime of executorch 1.5.1 on x86-64 and on
 emulated Cortex-A53 and A76.
 """
@@ -26,6 +26,8 @@ LARGEST_OFFSET = HIGHEST - LOWEST
 MULTIPLIER_BITS = 20
 # XNNPACK states the ratio of an addition's scales may lie in [2^-10, 2^8) and checks it in debug builds only.
 SMALLEST_RATIO, LARGEST_RATIO = 2.0**-10, 2.0**8
+# The same for a multiplication, whose ratio is that of the product of both scales.
+SMALLEST_PRODUCT_RATIO = 2.0**-16
 
 
 class Grid(NamedTuple):
@@ -120,6 +122,27 @@ def add(a: Tensor, b: Tensor, a_grid: Grid, b_grid: Grid, out: Grid) -> Tensor:
     (a_factor, b_factor), shift = fixed_point(a_grid.scale, b_grid.scale, out.scale)
     acc = a_factor * (a.to(torch.int32) - a_grid.zero_point) + b_factor * (b.to(torch.int32) - b_grid.zero_point)
     return _saturate(((acc + (1 << (shift - 1))) >> shift) + out.zero_point)
+
+
+def multiply(a: Tensor, b: Tensor, a_grid: Grid, b_grid: Grid, out: Grid) -> Tensor:
+    """Multiply two tensors of codes element by element; a gate `(B, C, 1, 1)` broadcasts over pixels.
+
+    Formula: ``f = (s_a s_b) / s_y`` in float32, rounded after each operator;
+    ``y = clamp(round(float32((a - z_a) (b - z_b)) f) + z_y, -128, 127)``.
+    Bits: offsets 9, their product 17, exact in float32; one rounding of the product with f and one, half to even, to
+    the code. (ARM64 kernels shift the integer product of f's 24 bits and round half up: another code only where that
+    lies within 2^-24 of a half.) Raises ValueError for a ratio the runtime does not promise anything about.
+    """
+    factor = _float32(a_grid.scale) * _float32(b_grid.scale) / _float32(out.scale)
+    if not SMALLEST_PRODUCT_RATIO <= float(factor) < LARGEST_RATIO:
+        raise ValueError(f"the ratio of scales {float(factor)} lies outside [2^-16, 2^8)")
+    acc = (a.to(torch.int32) - a_grid.zero_point) * (b.to(torch.int32) - b_grid.zero_point)
+    return _saturate((acc.to(torch.float32) * factor).round() + out.zero_point)
+
+
+def code_of(value: float, grid: Grid) -> int:
+    """Return the code at which a clamp to `value`, which may be infinite, cuts off: ``rint(clamp(v / s + z))``."""
+    return int((_float32(value) / _float32(grid.scale) + grid.zero_point).clamp(LOWEST, HIGHEST).round())
 
 
 def fixed_point(a_scale: float, b_scale: float, out_scale: float) -> tuple[tuple[int, int], int]:

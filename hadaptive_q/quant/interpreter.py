@@ -19,9 +19,20 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from hadaptive_q.quant import arithmetic, float_kernels
 from hadaptive_q.quant.arithmetic import Grid, Taps
+from hadaptive_q.quant.plan import PAIRWISE, WEIGHTED, stored
 from hadaptive_q.quant.program import QuantizedProgram
-from hadaptive_q.rewrite.clamp_codes import narrow_bounds
-from hadaptive_q.rewrite.graph import ACTIVATIONS, add_buffer, aten, calls, constant, conv_settings, finish
+from hadaptive_q.rewrite.clamp_codes import INT8, narrow_bounds
+from hadaptive_q.rewrite.graph import (
+    ACTIVATIONS,
+    CLAMPS,
+    add_buffer,
+    aten,
+    calls,
+    clamp_bounds,
+    constant,
+    conv_settings,
+    finish,
+)
 
 # Operators that move codes and compute nothing.
 _COPIES = (
@@ -37,6 +48,7 @@ _ON_CODES = (
     arithmetic.conv2d,
     arithmetic.linear,
     arithmetic.add,
+    arithmetic.multiply,
     arithmetic.lookup,
     arithmetic.mean_hw,
     arithmetic.clamp,
@@ -131,6 +143,10 @@ def _to_integers(graph: GraphModule) -> None:
     for quantize in calls(graph, _quantize()):
         source, bounds = quantize.args[0], narrow_bounds(quantize)
         assert isinstance(source, Node)
+        if _clamps_result(source):
+            bounds = _narrower(bounds or INT8, source, _grid(quantize))
+            source = source.args[0]
+            assert isinstance(source, Node)
         # What has other readers than its quantizer exists in float, too: the runtime fuses neither.
         alone = _behind(source) is not None or len(source.users) == 1
         if not (alone and _fusion(source)(graph, quantize, source)):
@@ -143,6 +159,21 @@ def _to_integers(graph: GraphModule) -> None:
     for node in calls(graph, aten.mean.dim, aten.conv1d.default, *ACTIVATIONS):
         _in_runtime_order(graph, node)
     finish(graph)
+
+
+def _clamps_result(node: Node) -> bool:
+    """Whether `node` is a clamp that the operator before it takes in: nothing else reads its result."""
+    source = node.all_input_nodes[0] if node.target in CLAMPS else node
+    return source is not node and stored(source) is node and source.target in (*WEIGHTED, *PAIRWISE)
+
+
+def _narrower(bounds: tuple[int, int], clamp: Node, grid: Grid) -> tuple[int, int] | None:
+    """Return the codes that `clamp` leaves of those within `bounds`, None where these are all of int8's."""
+    limits = clamp_bounds(clamp)
+    assert limits is not None
+    low, high = (arithmetic.code_of(limit, grid) for limit in limits)
+    found = max(low, bounds[0]), min(high, bounds[1])
+    return None if found == INT8 else found
 
 
 def _clamp(graph: GraphModule, codes: Node, bounds: tuple[int, int]) -> None:
@@ -207,11 +238,12 @@ def _taps(conv: Node) -> Taps:
     return Taps((sy, sx), (py, px), (dy, dx), settings.groups)
 
 
-def _fuse_add(_: GraphModule, quantize: Node, addition: Node) -> bool:
-    a, b = (_behind(argument) for argument in addition.args[:2])
-    if a is None or b is None or addition.kwargs:
+def _fuse_binary(_: GraphModule, quantize: Node, binary: Node) -> bool:
+    a, b = (_behind(argument) for argument in binary.args[:2])
+    if a is None or b is None or binary.kwargs:
         return False
-    _set(quantize, arithmetic.add, a[0], b[0], a[1], b[1], _grid(quantize))
+    function = arithmetic.add if binary.target == aten.add.Tensor else arithmetic.multiply
+    _set(quantize, function, a[0], b[0], a[1], b[1], _grid(quantize))
     return True
 
 
@@ -265,7 +297,8 @@ def _fuse_nothing(*_: object) -> bool:
 _FUSIONS: dict[Any, Callable[[GraphModule, Node, Node], bool]] = {
     aten.conv2d.default: _fuse_layer,
     aten.linear.default: _fuse_layer,
-    aten.add.Tensor: _fuse_add,
+    aten.add.Tensor: _fuse_binary,
+    aten.mul.Tensor: _fuse_binary,
     aten.mean.dim: _fuse_mean,
     **dict.fromkeys(ACTIVATIONS, _fuse_hardswish),
     **dict.fromkeys(_COPIES, _fuse_copy),

@@ -1,8 +1,10 @@
 """The plan: which tensors of the deploy graph are stored in which format, decided before any tensor moves.
 
 A tensor is quantized once, where it is made, and every reader sees the same codes. Quantized are the inputs
-and outputs of convolutions, linears, residual additions, concatenations, and means before a layer; views share their
-source's codes. Everything else stays in float: the scores that select channels, the products and their norm.
+and outputs of convolutions, linears, residual additions, element-wise products of what layers made, concatenations, and
+means before a layer; views share their source's codes, and of a result that only a clamp reads, the clamped values are
+stored. Everything else stays in float: the scores that select channels, the products of selected channels and their
+norm.
 """
 
 from __future__ import annotations
@@ -18,10 +20,11 @@ from hadaptive_q.errors import UserError, nearest
 from hadaptive_q.quant.formats import ActivationFormat, WeightFormat
 from hadaptive_q.quant.image_grid import PIXEL_RANGE, rearranged
 from hadaptive_q.recipe import Bits, QuantizeConfig
-from hadaptive_q.rewrite.graph import ACTIVATIONS, aten, constant, is_pointwise, module_path
+from hadaptive_q.rewrite.graph import ACTIVATIONS, CLAMPS, aten, constant, is_pointwise, module_path
 from hadaptive_q.rewrite.products import find_products
 
 WEIGHTED = (aten.conv2d.default, aten.linear.default)
+PAIRWISE = (aten.add.Tensor, aten.mul.Tensor)
 VIEWS = (aten.flatten.using_ints, aten.dropout.default)
 # Few weights, which the whole network's precision hangs on.
 STEM = "stem."
@@ -63,7 +66,7 @@ def make_plan(graph: GraphModule, config: QuantizeConfig) -> Plan:
             plan.weights[node.name] = WeightFormat(bits, packed=able and bits <= 4)
         if not _computes_on_codes(graph, node):
             continue
-        for tensor in (*_activation_inputs(node), node):
+        for tensor in (*_activation_inputs(node), stored(node)):
             plan.activations[tensor.name] = activation
     image = next(node for node in graph.graph.nodes if node.op == "placeholder")
     # Of other views only those of the image: the reshapes of a selection carry floats.
@@ -87,6 +90,12 @@ def make_plan(graph: GraphModule, config: QuantizeConfig) -> Plan:
         forms = [node.name for node in rearranged(image) if node.name in plan.activations]
         plan.ranges.update({name: PIXEL_RANGE for name in forms if name not in plan.shared})
     return plan
+
+
+def stored(node: Node) -> Node:
+    """Return the tensor that is stored of what `node` computes: the values clamped, where a clamp alone reads them."""
+    (reader, *others) = node.users or (node,)
+    return reader if not others and reader.target in CLAMPS else node
 
 
 def _keep_eight_bits(plan: Plan, names: set[str]) -> None:
@@ -144,8 +153,9 @@ def _computes_on_codes(graph: GraphModule, node: Node) -> bool:
     if node.target == aten.mean.dim:
         # The mean before a layer; the one that scores channels needs more than 8 bits.
         return _feeds_layer(graph, node) and _made_by_layer(graph, node.args[0])
-    # A residual adds what two layers made; the additions inside a norm or a selection are float arithmetic.
-    return node.target == aten.add.Tensor and all(_made_by_layer(graph, argument) for argument in node.args)
+    # A residual adds what two layers made, a gate multiplies it; the additions inside a norm or a selection and the
+    # products of selected channels are float arithmetic.
+    return node.target in PAIRWISE and all(_made_by_layer(graph, argument) for argument in node.args)
 
 
 def _made_by_layer(graph: GraphModule, node: object) -> bool:
@@ -154,7 +164,7 @@ def _made_by_layer(graph: GraphModule, node: object) -> bool:
         return False
     if node.op == "placeholder" or _is_weighted(graph, node):
         return True
-    if node.target in (*ACTIVATIONS, aten.cat.default, aten.add.Tensor, *VIEWS):
+    if node.target in (*ACTIVATIONS, *CLAMPS, aten.cat.default, *PAIRWISE, *VIEWS):
         return all(_made_by_layer(graph, source) for source in node.all_input_nodes)
     return False
 

@@ -26,13 +26,14 @@ ALTERNATIONS = 2
 
 
 class PixelSampler:
-    """Keep `PIXELS` pixels drawn evenly from all batches without replacement, in bounded memory.
+    """Keep `count` pixels drawn evenly from all batches without replacement, in bounded memory.
 
     Every pixel gets a random key and those with the smallest keys stay, so neither the number of batches nor of
     pixels need be known before.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, count: int = PIXELS) -> None:
+        self.count = count
         self.generator = torch.Generator().manual_seed(0)
         self.keys = torch.empty(0)
         self.pixels: Tensor | None = None
@@ -42,11 +43,11 @@ class PixelSampler:
         """Draw from the pixels of `chosen` `(B, Cs, H, W)`."""
         pixels = chosen.detach().permute(0, 2, 3, 1).flatten(0, 2)
         keys = torch.rand(len(pixels), generator=self.generator)
-        first = keys.argsort()[:PIXELS]
+        first = keys.argsort()[: self.count]
         keys, pixels = keys[first], pixels[first.to(pixels.device)]
         if self.pixels is not None:
             keys, pixels = torch.cat((self.keys, keys)), torch.cat((self.pixels, pixels))
-            first = keys.argsort()[:PIXELS]
+            first = keys.argsort()[: self.count]
             keys, pixels = keys[first], pixels[first.to(pixels.device)]
         self.keys, self.pixels = keys, pixels
 

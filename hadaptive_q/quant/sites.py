@@ -60,6 +60,14 @@ def find_sites(graph: GraphModule) -> list[Site]:
     return [_site(quantizer, calls) for quantizer, calls in found]
 
 
+def quantizer_of(graph: GraphModule, name: str) -> ActivationFakeQuantize:
+    """Return the fake-quantizer of the tensor that node `name` makes."""
+    (node,) = (node for node in graph.graph.nodes if node.name == name)
+    (found,) = {graph.get_submodule(str(user.target)) for user in node.users if user.op == "call_module"}
+    assert isinstance(found, ActivationFakeQuantize)
+    return found
+
+
 def _site(quantizer: FakeQuantizer, places: list[Node]) -> Site:
     return Site(
         layer=module_path(_maker(places[0])) or "input",

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from hadaptive_q.models.ach import ACH, DySoft
-from hadaptive_q.models.hadaptive_net import HadaptiveNet
+from hadaptive_q.models.network import Network
 from hadaptive_q.quant.program import QuantizedProgram
 from hadaptive_q.report.explanation import AchExplanation
 from hadaptive_q.report.measure import measure_ach
@@ -19,7 +19,7 @@ from hadaptive_q.rewrite.record import record
 
 
 def explain_ach(
-    model: HadaptiveNet,
+    model: Network,
     deploy: GraphModule,
     program: QuantizedProgram,
     layers: Sequence[LayerRecord],

@@ -16,7 +16,7 @@ from hadaptive_q.lower.parity import sqnr_db
 from hadaptive_q.models.ach import ACH
 from hadaptive_q.models.config import Preprocess
 from hadaptive_q.models.cross_hadamard import cross_hadamard
-from hadaptive_q.models.hadaptive_net import HadaptiveNet
+from hadaptive_q.models.network import Network
 from hadaptive_q.quant.program import QuantizedProgram
 from hadaptive_q.report.record import AchRecord, Latency, LayerRecord, WeightRecord
 from hadaptive_q.rewrite.graph import constant, module_path
@@ -159,7 +159,7 @@ def flip_rates(wanted: Tensor, found: Tensor) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def train_eval_overlap(model: HadaptiveNet, inputs: Tensor) -> dict[str, float]:
+def train_eval_overlap(model: Network, inputs: Tensor) -> dict[str, float]:
     """Return, by ACH, the share of channels that published training (Gumbel noise 1) and inference both choose."""
     overlaps: dict[str, float] = {}
 

@@ -10,11 +10,13 @@ from torch.fx import GraphModule
 from hadaptive_q.rewrite.equalise_products import equalise_products
 from hadaptive_q.rewrite.fold_batch_norm import fold_batch_norm
 from hadaptive_q.rewrite.fold_dysoft import fold_dysoft
+from hadaptive_q.rewrite.fold_hardsigmoid import fold_hardsigmoid
 from hadaptive_q.rewrite.graph import trace
 from hadaptive_q.rewrite.merge_convolutions import merge_convolutions
 from hadaptive_q.rewrite.patchify import patchify
 from hadaptive_q.rewrite.roll_pairs import roll_pairs
 from hadaptive_q.rewrite.select_by_rank import select_by_rank
+from hadaptive_q.rewrite.sink_batch_norm import sink_batch_norm
 from hadaptive_q.rewrite.sink_concat import sink_concat
 from hadaptive_q.rewrite.slice_selection import slice_selection
 from hadaptive_q.rewrite.split_depthwise import split_depthwise
@@ -22,7 +24,9 @@ from hadaptive_q.rewrite.split_depthwise import split_depthwise
 # In this order: concatenations sink once the convolutions carry their BatchNorm; gains move, convolutions merge and
 # channels are reordered once every depthwise convolution has its own part of them.
 REWRITES: tuple[Callable[[GraphModule], int], ...] = (
+    sink_batch_norm,
     fold_batch_norm,
+    fold_hardsigmoid,
     sink_concat,
     merge_convolutions,
     patchify,

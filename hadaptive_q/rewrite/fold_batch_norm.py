@@ -21,7 +21,7 @@ def fold_batch_norm(graph: GraphModule) -> int:
     """Fold every BatchNorm in place and return how many there were."""
     count = 0
     for node in calls(graph, aten.batch_norm.default):
-        scale, shift = _affine(graph, node)
+        scale, shift = norm_affine(graph, node)
         source = node.args[0]
         assert isinstance(source, Node)
         weight = constant(graph, source.args[1]) if source.target == aten.conv2d.default else None
@@ -35,7 +35,8 @@ def fold_batch_norm(graph: GraphModule) -> int:
     return count
 
 
-def _affine(graph: GraphModule, node: Node) -> tuple[Tensor, Tensor]:
+def norm_affine(graph: GraphModule, node: Node) -> tuple[Tensor, Tensor]:
+    """Return the scale and the shift per channel, each `(C,)`, of the BatchNorm `node` in eval mode."""
     gamma, beta, mean, variance = (constant(graph, argument) for argument in node.args[1:5])
     assert mean is not None
     assert variance is not None

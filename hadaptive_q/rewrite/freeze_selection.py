@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from hadaptive_q.models.ach import ACH, top_channels
-from hadaptive_q.models.hadaptive_net import HadaptiveNet
+from hadaptive_q.models.network import Network
 
 
 @torch.no_grad()
-def freeze_selection(model: HadaptiveNet, batches: Iterable[Tensor]) -> dict[str, list[int]]:
+def freeze_selection(model: Network, batches: Iterable[Tensor]) -> dict[str, list[int]]:
     """Freeze every ACH of `model` in place by the votes over `batches` of inputs; return the channels by name."""
     points: dict[str, Tensor] = {}
     hooks = [

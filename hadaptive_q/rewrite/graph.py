@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,9 @@ from torch.fx import GraphModule, Node
 aten = torch.ops.aten
 # Element-wise activations of a layer, whatever its channels.
 ACTIVATIONS = (aten.hardswish.default, aten.hardswish_.default)
+# Those that cut values off at bounds and change nothing between.
+_RELU, _RELU6 = (aten.relu.default, aten.relu_.default), (aten.relu6.default, aten.relu6_.default)
+CLAMPS = (*_RELU, *_RELU6, aten.hardtanh.default, aten.hardtanh_.default)
 
 
 def trace(model: nn.Module, image_size: int) -> GraphModule:
@@ -53,6 +57,16 @@ def split_constant(graph: GraphModule, node: Node) -> tuple[Tensor, Node] | None
     constants = [v for v, _ in values if v is not None]
     activations = [a for v, a in values if v is None]
     return (constants[0], activations[0]) if len(constants) == len(activations) == 1 else None
+
+
+def clamp_bounds(node: Node) -> tuple[float, float] | None:
+    """Return the least and the greatest value that one of `CLAMPS` lets pass, or None if `node` is something else."""
+    if node.target in (*_RELU, *_RELU6):
+        return 0.0, math.inf if node.target in _RELU else 6.0
+    if node.target in CLAMPS:
+        bounds: tuple[Any, ...] = (*node.args[1:], *(-1.0, 1.0)[len(node.args) - 1 :])
+        return float(bounds[0]), float(bounds[1])
+    return None
 
 
 @dataclass(frozen=True)

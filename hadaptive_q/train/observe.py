@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 
 from hadaptive_q.models.batch_random import dropout
 from hadaptive_q.models.config import SlotOrder
-from hadaptive_q.models.hadaptive_net import HadaptiveNet
+from hadaptive_q.models.network import Network
 from hadaptive_q.rewrite.graph import aten, constant, module_paths
 from hadaptive_q.rewrite.products import Product, find_products
 
@@ -41,7 +41,7 @@ class Choice(NamedTuple):
 class ObservedModel(nn.Module):
     """`network` as it is; hooks watch its scorers and blocks while it runs, and no longer."""
 
-    def __init__(self, network: HadaptiveNet) -> None:
+    def __init__(self, network: Network) -> None:
         super().__init__()
         self.network = network
         self.choices = [Choice(ach.cs, ach.slot_order) for _, ach in network.ach_modules() if ach.frozen is None]
@@ -69,17 +69,12 @@ def _watcher(scores: list[Tensor]) -> Callable[[nn.Module, object, Tensor], None
 
 
 class ObservedGraph(nn.Module):
-    """A deploy graph, prepared for quantization or not, with its parameters and modules shared, not copied.
+    """A deploy graph, prepared for quantization or not, with its parameters and modules shared, not copied."""
 
-    `slot_order` is that of the network the graph was traced from.
-    """
-
-    def __init__(self, graph: GraphModule, slot_order: SlotOrder) -> None:
+    def __init__(self, graph: GraphModule) -> None:
         super().__init__()
-        products = [product for product in find_products(graph) if product.choice]
-        scorings = [_scoring(graph, product) for product in products]
+        scorings = [_scoring(graph, product) for product in find_products(graph) if product.choice]
         self.weights = [weight for _, weight in scorings]
-        self.choices = [Choice(_count_chosen(graph, product), slot_order) for product in products]
         self.network = _with_outputs(graph, [*_block_outputs(graph), *(scores for scores, _ in scorings)])
 
     def forward(self, x: Tensor) -> Observed:
@@ -87,11 +82,6 @@ class ObservedGraph(nn.Module):
         count = len(inner) - len(self.weights)
         scores = [values / weight.norm() for values, weight in zip(inner[count:], self.weights, strict=True)]
         return Observed(logits, inner[:count], scores)
-
-
-def _count_chosen(graph: GraphModule, product: Product) -> int:
-    (chosen,) = (node for node in graph.graph.nodes if node.name == product.chosen)
-    return int(chosen.meta["val"].shape[1])
 
 
 def _scoring(graph: GraphModule, product: Product) -> tuple[Node, Tensor]:

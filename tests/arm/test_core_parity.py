@@ -24,7 +24,8 @@ from hadaptive_q.lower.executorch import Lowered, lower
 from hadaptive_q.lower.parity import output_scale
 from hadaptive_q.lower.runtime import PteFile
 from hadaptive_q.models.config import Preprocess
-from hadaptive_q.models.hadaptive_net import HadaptiveNet, create_model
+from hadaptive_q.models.families import create_model
+from hadaptive_q.models.hadaptive_net import HadaptiveNet
 from hadaptive_q.quant.backends import torchao_pt2e as backend
 from hadaptive_q.quant.plan import make_plan
 from hadaptive_q.quant.program import QuantizedProgram, export_graph

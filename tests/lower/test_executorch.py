@@ -12,7 +12,7 @@ from hadaptive_q.lower.executorch import lower
 from hadaptive_q.lower.file_input import FileInput
 from hadaptive_q.lower.parity import agreement
 from hadaptive_q.lower.runtime import PteFile
-from hadaptive_q.models.hadaptive_net import create_model
+from hadaptive_q.models.families import create_model
 from hadaptive_q.quant.program import export_graph
 from hadaptive_q.rewrite.deploy import deploy_graph
 from hadaptive_q.rewrite.drop_no_ops import drop_no_ops

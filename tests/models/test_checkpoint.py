@@ -15,7 +15,8 @@ from torch import Tensor
 from hadaptive_q.errors import UserError
 from hadaptive_q.models.checkpoint import load_model, read_training_key, save_model
 from hadaptive_q.models.config import Preprocess
-from hadaptive_q.models.hadaptive_net import HadaptiveNet, create_model
+from hadaptive_q.models.families import create_model
+from hadaptive_q.models.hadaptive_net import HadaptiveNet
 
 PREPROCESS = Preprocess(image_size=32, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7), classes=("ä", "b c", "/"))
 
@@ -220,8 +221,8 @@ DAMAGE += [
         "expected the JSON written with",
     ),
     ("terabytes of weights", lambda p: lie(p, tail=10**9, hidden=10**9), "expected (10, 1000000000)"),
-    ("more than a number holds", lambda p: lie(p, tail=10**30), "the configuration of a Hadaptive-Net"),
-    ("impossible dropout", lambda p: lie(p, dropout=7.0), "the configuration of a Hadaptive-Net"),
+    ("more than a number holds", lambda p: lie(p, tail=10**30), "the configuration of a network"),
+    ("impossible dropout", lambda p: lie(p, dropout=7.0), "the configuration of a network"),
     ("no blocks", lambda p: lie(p, blocks=[]), "unknown"),
     (
         "whole numbers",

@@ -11,7 +11,9 @@ from hadaptive_q.models.ach import ACH
 from hadaptive_q.models.blocks import Bottleneck, Ghost
 from hadaptive_q.models.checkpoint import load_model
 from hadaptive_q.models.config import VARIANTS, ACHConfig, GhostConfig
-from hadaptive_q.models.hadaptive_net import HadaptiveNet, count_macs, count_parameters, create_model
+from hadaptive_q.models.families import create_model
+from hadaptive_q.models.hadaptive_net import HadaptiveNet
+from hadaptive_q.models.network import count_macs, count_parameters
 
 PUBLISHED = {
     "hadaptive_net_s": (2_102_632, 131.0),

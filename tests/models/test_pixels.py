@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hadaptive_q.data.transforms import normalise
+from hadaptive_q.errors import UserError
 from hadaptive_q.models.config import Preprocess
 from hadaptive_q.models.hadaptive_net import HadaptiveNet
 from hadaptive_q.models.pixels import take_pixels
@@ -36,5 +37,5 @@ def test_same_logits_from_pixels(nano: HadaptiveNet, assert_float_equal: Callabl
 
 def test_a_convolution_that_pads_is_refused(nano: HadaptiveNet) -> None:
     nano.stem[0].conv = nn.Conv2d(3, 8, 2, 2, padding=1, bias=False)  # type: ignore[union-attr]
-    with pytest.raises(ValueError, match="does not fold"):
+    with pytest.raises(UserError, match="first convolution pads"):
         take_pixels(nano, PREPROCESS)

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch.fx import GraphModule
 
-from hadaptive_q.models.hadaptive_net import create_model
+from hadaptive_q.models.families import create_model
 from hadaptive_q.quant.backends import torchao_pt2e as backend
 from hadaptive_q.quant.fake_quant import ActivationFakeQuantize
 from hadaptive_q.quant.image_grid import PIXEL_RANGE, VIEWS
 from hadaptive_q.quant.plan import make_plan
+from hadaptive_q.quant.sites import quantizer_of
 from hadaptive_q.recipe import QuantizeConfig
 from hadaptive_q.rewrite.deploy import deploy_graph
 
@@ -65,5 +66,5 @@ def test_calibration_with_dark_images_keeps_it(nano_graph: GraphModule) -> None:
     (name,) = plan.ranges
     dark = torch.rand(16, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 0.2
     calibrated = backend.calibrate(backend.prepare(nano_graph, plan, "histogram"), [dark])
-    quantizer = backend.quantizer_of(calibrated.graph, name)
+    quantizer = quantizer_of(calibrated.graph, name)
     assert (float(quantizer.scale), int(quantizer.zero_point)) == (float(torch.tensor(1 / 255)), -128)

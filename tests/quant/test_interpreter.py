@@ -15,7 +15,7 @@ from hadaptive_q.data.transforms import normalise
 from hadaptive_q.lower.executorch import Lowered, lower
 from hadaptive_q.lower.runtime import PteFile
 from hadaptive_q.models.config import Preprocess
-from hadaptive_q.models.hadaptive_net import create_model
+from hadaptive_q.models.families import create_model
 from hadaptive_q.quant import arithmetic
 from hadaptive_q.quant.backends import torchao_pt2e as backend
 from hadaptive_q.quant.interpreter import Coverage, IntegerProgram

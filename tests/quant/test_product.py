@@ -20,6 +20,7 @@ from hadaptive_q.quant.backends import torchao_pt2e as backend
 from hadaptive_q.quant.observers import ObserverName, Range, Weighted, best_range, quantize
 from hadaptive_q.quant.plan import make_plan
 from hadaptive_q.quant.product import PIXELS, Objective, PixelSampler, find_ranges, relative_error
+from hadaptive_q.quant.sites import quantizer_of
 from hadaptive_q.recipe import QuantizeConfig
 from hadaptive_q.rewrite.deploy import deploy_graph
 from hadaptive_q.rewrite.fold_dysoft import stored_range
@@ -84,7 +85,7 @@ class Quantized:
         return tuple(float(end) for name in ("mixed", "normed") for end in (self._of(name).low, self._of(name).high))
 
     def _of(self, name: str) -> nn.Module:
-        return backend.quantizer_of(self.calibrated, getattr(self.product, name))
+        return quantizer_of(self.calibrated, getattr(self.product, name))
 
     def ach(self, x: Tensor) -> dict[str, Tensor]:
         """Return X~ and N of `x` in float, as the two ranges store them, and with one of both ranges at work."""

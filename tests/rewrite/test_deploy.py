@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from hadaptive_q.models.hadaptive_net import HadaptiveNet, create_model
+from hadaptive_q.models.families import create_model
+from hadaptive_q.models.hadaptive_net import HadaptiveNet
 from hadaptive_q.rewrite.deploy import REWRITES, deploy_graph
 from hadaptive_q.rewrite.graph import aten, calls, module_path, set_dropout, trace
 

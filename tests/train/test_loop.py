@@ -16,7 +16,8 @@ from hadaptive_q import errors, pipeline
 from hadaptive_q.data.datasets import ImageData, TensorSplit
 from hadaptive_q.data.transforms import normalise
 from hadaptive_q.errors import UserError
-from hadaptive_q.models.hadaptive_net import HadaptiveNet, create_model
+from hadaptive_q.models.families import create_model
+from hadaptive_q.models.hadaptive_net import HadaptiveNet
 from hadaptive_q.recipe import AugmentConfig, TrainConfig, load_recipe
 from hadaptive_q.rewrite.graph import trace
 from hadaptive_q.train import compiler

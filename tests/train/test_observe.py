@@ -27,7 +27,7 @@ def test_graph_and_network_show_the_same(
     model, graph = make_nano(selection), make_graph(deploy_graph, selection)
     with torch.no_grad():
         wanted = ObservedModel(model)(inputs)
-        got = ObservedGraph(graph, model.config.slot_order)(inputs)
+        got = ObservedGraph(graph)(inputs)
         assert_float_equal(got.logits, model(inputs))
     assert len(wanted.features) == len(got.features) == len(model.config.blocks)
     for one, other in zip(wanted.features, got.features, strict=True):
@@ -36,7 +36,6 @@ def test_graph_and_network_show_the_same(
     assert len(wanted.scores) == len(got.scores) == choosing
     for one, other in zip(wanted.scores, got.scores, strict=True):
         assert_float_equal(other, one)
-    assert ObservedModel(model).choices == ObservedGraph(graph, model.config.slot_order).choices
     assert len(ObservedModel(model).choices) == choosing
 
 
@@ -62,7 +61,7 @@ def test_no_hook_stays_after_a_failure(nano: HadaptiveNet) -> None:
 
 
 def test_the_graph_is_shared_not_copied(nano_graph: GraphModule, inputs: Tensor) -> None:
-    observed = ObservedGraph(nano_graph, "rank")
+    observed = ObservedGraph(nano_graph)
     assert {id(p) for p in observed.parameters()} == {id(p) for p in nano_graph.parameters()}
     before = nano_graph(inputs)
     observed(inputs).logits.sum().backward()
@@ -74,7 +73,7 @@ def test_the_graph_is_shared_not_copied(nano_graph: GraphModule, inputs: Tensor)
 
 
 def test_the_margin_reaches_the_scorer_of_a_graph(nano_graph: GraphModule, inputs: Tensor) -> None:
-    observed = ObservedGraph(nano_graph, "rank")
+    observed = ObservedGraph(nano_graph)
     sum(scores.square().sum() for scores in observed(inputs).scores).backward()  # type: ignore[union-attr]
     moved = [name for name, p in nano_graph.named_parameters() if "scorer" in name and p.grad is not None]
     assert len(moved) == 3

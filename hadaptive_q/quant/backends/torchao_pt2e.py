@@ -35,16 +35,15 @@ from hadaptive_q.quant.fake_quant import (
     weight_constructor,
 )
 from hadaptive_q.quant.formats import ActivationFormat, WeightFormat
+from hadaptive_q.quant.joint_ranges import CrossProduct, JointRanges, find_multiplications
 from hadaptive_q.quant.live_batch_norm import refold_batch_norm, unfold_batch_norm
-from hadaptive_q.quant.observers import ObserverName, Range, RangeName
+from hadaptive_q.quant.observers import ObserverName, RangeName
 from hadaptive_q.quant.outliers import drop_outliers
 from hadaptive_q.quant.plan import WEIGHTED, Plan
-from hadaptive_q.quant.product import Objective, PixelSampler, find_ranges
 from hadaptive_q.quant.program import QuantizedProgram
 from hadaptive_q.rewrite.drop_no_ops import drop_no_ops
-from hadaptive_q.rewrite.fold_dysoft import stored_range
 from hadaptive_q.rewrite.graph import calls, constant, module_path, set_dropout
-from hadaptive_q.rewrite.products import Product, find_products, norm_of_products
+from hadaptive_q.rewrite.products import find_products
 from hadaptive_q.rewrite.record import record
 from hadaptive_q.rewrite.split_dequantize import split_dequantize
 
@@ -56,12 +55,12 @@ LARGEST_SHIFTED_BIAS = 2**26
 class Prepared:
     """The deploy graph with a fake-quantizer at every tensor the plan quantizes; nothing measured yet.
 
-    `products` are those whose ranges are to be chosen together.
+    `together` are ranges to be chosen together.
     """
 
     graph: GraphModule
     plan: Plan
-    products: tuple[Product, ...] = ()
+    together: tuple[JointRanges, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,9 +79,10 @@ class PlanQuantizer(Quantizer):  # type: ignore[misc]
 
     def annotate(self, model: GraphModule) -> GraphModule:
         nodes = {node.name: node for node in model.graph.nodes}
-        for name, form in self.plan.activations.items():
-            shared = self.plan.shared.get(name)
-            spec = SharedQuantizationSpec(nodes[shared]) if shared else self._activation(name, form)
+        for name in {**self.plan.activations, **self.plan.weights}:
+            form, shared = self.plan.activations.get(name), self.plan.shared.get(name)
+            # What a clamp alone reads of a layer is stored behind the clamp.
+            spec = SharedQuantizationSpec(nodes[shared]) if shared else form and self._activation(name, form)
             node = nodes[name]
             node.meta[Q_ANNOTATION_KEY] = QuantizationAnnotation(
                 input_qspec_map=self._weight(node), output_qspec=spec, _annotated=True
@@ -131,8 +131,10 @@ def prepare(graph: GraphModule, plan: Plan, observer: ObserverName) -> Prepared:
     """
     if observer != "product":
         return Prepared(prepare_pt2e(graph, PlanQuantizer(plan, observer)), plan)
-    products = tuple(find_products(graph))
-    return Prepared(prepare_pt2e(graph, PlanQuantizer(plan, "histogram")), plan, products)
+    products = find_products(graph)
+    prepared = prepare_pt2e(graph, PlanQuantizer(plan, "histogram"))
+    crossed = [CrossProduct(prepared, product) for product in products]
+    return Prepared(prepared, plan, (*crossed, *find_multiplications(prepared)))
 
 
 @torch.no_grad()
@@ -147,10 +149,10 @@ def calibrate(prepared: Prepared, batches: Iterable[Tensor]) -> Calibrated:
     ordinary = drop_outliers(prepared.graph, quantizers, list(batches))
     for quantizer in quantizers:
         quantizer.observe()
-    samplers = {product: PixelSampler() for product in prepared.products}
+    names = set[str]().union(*(each.names for each in prepared.together))
     for index, inputs in enumerate(ordinary):
         try:
-            values = record(prepared.graph, inputs, {product.chosen for product in samplers})
+            values = record(prepared.graph, inputs, names)
         except FloatingPointError as error:
             raise UserError(
                 f"calibration, batch {index + 1}",
@@ -158,50 +160,19 @@ def calibrate(prepared: Prepared, batches: Iterable[Tensor]) -> Calibrated:
                 "finite activations",
                 "check the checkpoint and the images",
             ) from error
-        for product, sampler in samplers.items():
-            sampler.add(values[product.chosen])
-    objectives = {product: _objective(prepared.graph, product, sampler) for product, sampler in samplers.items()}
+        for each in prepared.together:
+            each.watch(values)
+    choosers = [each.chooser() for each in prepared.together]
     for quantizer in quantizers:
         quantizer.fix()
-    for product, objective in objectives.items():
-        _fix_product(prepared.graph, product, objective)
+    for choose in choosers:
+        choose()
     for weights in _weight_quantizers(prepared.graph):
         if _few_bits(weights):
             # With few codes, rounding and training choose weights for the scale they have.
             weights.hold(weights.calculate_qparams()[0])
     snap_biases(prepared.graph)
     return Calibrated(prepared.graph, prepared.plan)
-
-
-def _objective(graph: GraphModule, product: Product, sampler: PixelSampler) -> Objective:
-    mixed = quantizer_of(graph, product.mixed).observer
-    return Objective(mixed.values(), sampler.chosen(), norm_of_products(graph, product), mixed.levels)
-
-
-def _fix_product(graph: GraphModule, product: Product, objective: Objective) -> None:
-    """Set the ranges of X~ and of its normed products together, from those each has by itself."""
-    quantizers = quantizer_of(graph, product.mixed), quantizer_of(graph, product.normed)
-    limits = quantizers[0].observer.limits(), _normed_limits(graph, product, quantizers[1])
-    start = (quantizers[0].low, quantizers[0].high), (quantizers[1].low, quantizers[1].high)
-    for quantizer, found in zip(quantizers, find_ranges(objective, limits, start), strict=True):
-        quantizer.set_range(*found)
-
-
-def _normed_limits(graph: GraphModule, product: Product, quantizer: ActivationFakeQuantize) -> Range:
-    """Return a DySoft's own bounds, which no image can leave; another norm's output is as large as it was seen."""
-    (node,) = (node for node in graph.graph.nodes if node.name == product.normed)
-    bounds = stored_range(graph, node)
-    if bounds is None:
-        return quantizer.observer.limits()
-    return quantizer.low.new_tensor(min(bounds[0], 0.0)), quantizer.low.new_tensor(max(bounds[1], 0.0))
-
-
-def quantizer_of(graph: GraphModule, name: str) -> ActivationFakeQuantize:
-    """Return the fake-quantizer of the tensor that node `name` makes."""
-    (node,) = (node for node in graph.graph.nodes if node.name == name)
-    (found,) = {graph.get_submodule(str(user.target)) for user in node.users if user.op == "call_module"}
-    assert isinstance(found, ActivationFakeQuantize)
-    return found
 
 
 def saved(calibrated: Calibrated) -> bytes:
