@@ -105,6 +105,8 @@ def _train(model: HadaptiveNet, data: ImageData) -> HadaptiveNet:
         rows = torch.randperm(len(labels), generator=generator)[:32]
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(inputs[rows]), labels[rows]).backward()
+        for _, ach in model.ach_modules():
+            ach.scorer.step_temperature()
         optimizer.step()
     with torch.no_grad():
         for _ in range(20):  # statistics of these weights, not of the ones on the way: 0.9^20 = 12 % are left

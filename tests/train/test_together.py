@@ -20,7 +20,8 @@ from hadaptive_q.data.datasets import ImageData, TensorSplit
 from hadaptive_q.data.sources import open_data
 from hadaptive_q.data.transforms import normalise
 from hadaptive_q.errors import UserError
-from hadaptive_q.models.hadaptive_net import HadaptiveNet, create_model
+from hadaptive_q.models.families import create_model
+from hadaptive_q.models.hadaptive_net import HadaptiveNet
 from hadaptive_q.quant.backends import torchao_pt2e as backend
 from hadaptive_q.quant.plan import make_plan
 from hadaptive_q.recipe import FitConfig, QuantizeConfig, TrainConfig
@@ -67,7 +68,7 @@ def qat_steps(data: ImageData, learned: bool) -> dict[str, Tensor]:
     calibrated = backend.calibrate(backend.prepare(graph, make_plan(graph, QuantizeConfig()), "minmax"), [inputs])
     backend.start_fit(calibrated, learned, dropout=True, live=None if learned else [inputs])
     fit = FitConfig(epochs=1, batch_size=64, lr=1e-4, precision="float32", distill=0.5, distill_features=0.5)
-    student = ObservedGraph(calibrated.graph, teacher.config.slot_order)
+    student = ObservedGraph(calibrated.graph)
     gradients: dict[str, Tensor] = {}
 
     def keep(*_: object) -> None:
