@@ -1,6 +1,6 @@
 """Runs that are killed at random moments: what they leave is whole, and they end with an undisturbed run's bytes.
 
-    python benchmarks/kills.py --kills 24 --interrupts 6
+    python benchmarks/kills.py --kills 24 --interrupts 8
 
 Every run trains, quantizes, lowers and reports a nano network on a small folder of images, in a process forked from
 this one, which has the libraries loaded. It is killed (SIGKILL) or interrupted (SIGINT) at a random moment and started
