@@ -124,7 +124,7 @@ def crossed_table(rows: list[Row]) -> str:
     lines: list[tuple[str, ...]] = []
     for by in sets:
         of_it = [row for row in rows if row["written_by"] == by]
-        cells = [_result([row for row in of_it if row["run_in"] == in_]) for in_ in sets]
+        cells = [_on_both([row for row in of_it if row["run_in"] == in_]) for in_ in sets]
         lines.append((f"written by {by['executorch']}", *cells))
     return markdown(("", *(f"run by {versions['executorch']}" for versions in sets)), lines)
 
@@ -133,13 +133,21 @@ def _sets(rows: list[Row]) -> list[dict[str, str]]:
     return list({tuple(row["run_in"].values()): row["run_in"] for row in rows}.values())
 
 
+def _on_both(rows: list[Row]) -> str:
+    here, there = (_result([row for row in rows if row["core"] == core]) for core in ("", CORE))
+    return here if here == there else f"this machine: {here}; {CORE}: {there}"
+
+
 def _result(rows: list[Row]) -> str:
     failed = [row for row in rows if row.get("same") != row.get("images") or "refused" in row]
     if not rows:
         return "not run"
     if not failed:
         return f"all {len({row['file'] for row in rows})} files"
-    said = [f"{row['file']}: {row.get('refused') or '{same} of {images} images'.format(**row)}" for row in failed]
+    files: dict[str, list[str]] = {}
+    for row in failed:
+        files.setdefault(row.get("refused") or "{same} of {images} images".format(**row), []).append(row["file"])
+    said = [f"{'none' if len(names) == len(rows) else ', '.join(names)}: {why}" for why, names in files.items()]
     return "; ".join(said).replace("|", "/")
 
 

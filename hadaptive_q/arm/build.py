@@ -151,7 +151,7 @@ def _build(temporary: Path, tools: Tools, runtime: str) -> None:
     _download(temporary, unpacked, runtime)
     (build / "lib").mkdir(parents=True)
     for library in _LIBRARIES:
-        shutil.copy(unpacked / "executorch" / "lib" / f"lib{library}.so", build / "lib")
+        shutil.copy(unpacked / _library(library), build / "lib")
     include = unpacked / "executorch" / "include"
     flags = [*_FLAGS, f"-I{include}", f"-I{include / 'executorch/runtime/core/portable_type/c10'}"]
     # Operators and delegate register themselves: nothing names them, so the linker must be told to keep them.
@@ -186,6 +186,17 @@ def _download(temporary: Path, unpacked: Path, runtime: str) -> None:
         wheel.extractall(
             unpacked, [name for name in wheel.namelist() if name.startswith(("executorch/include/", "executorch/lib/"))]
         )
+    absent = [name for name in _LIBRARIES if not (unpacked / _library(name)).is_file()]
+    if absent:
+        raise UserError(
+            f"executorch {runtime} for ARM64",
+            f"a wheel without {_library(absent[0])}",
+            "one with the C++ runtime, as 1.5.1 has it",
+        )
+
+
+def _library(name: str) -> str:
+    return f"executorch/lib/lib{name}.so"
 
 
 def _compile(command: Sequence[str]) -> None:

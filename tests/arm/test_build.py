@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import threading
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -68,6 +69,21 @@ def test_failed_build_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     with pytest.raises(UserError, match="ERROR: no such wheel"):
         build.prepare()
     assert list((tmp_path / "hadaptive-q").iterdir()) == []
+
+
+def test_a_wheel_without_the_runtime_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def download(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        with zipfile.ZipFile(Path(command[command.index("--dest") + 1]) / "executorch.whl", "w") as wheel:
+            wheel.writestr("executorch/lib/libexecutorch_threadpool.so", b"")
+            wheel.writestr("../escaped", b"")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(build.subprocess, "run", download)
+    monkeypatch.setattr(build, "find_tools", lambda: TOOLS)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(UserError, match=r"for ARM64: got a wheel without executorch/lib/libexecutorch\.so"):
+        build.prepare()
+    assert [path.name for path in tmp_path.rglob("*")] == ["cache", "hadaptive-q"]
 
 
 def test_unwritable_cache_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
