@@ -258,7 +258,7 @@ def test_weights_come_down_to_their_bits_while_they_train(
         for epoch in range(training.config.epochs):
             training.on_epoch(network, epoch)
             packed = [m for m in network.modules() if isinstance(m, PerChannelWeightFakeQuantize) and m.quant_max == 7]
-            codes.append({quantizer.finer_max for quantizer in packed})
+            codes.append({max(quantizer.quant_max, quantizer.refined_max) for quantizer in packed})
 
     monkeypatch.setattr(pipeline, "train", epochs)
     recipe = load_recipe("int4", ["quantize.rounding=nearest", "fit.epochs=4", "fit.gradual=0.5"])

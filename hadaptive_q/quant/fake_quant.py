@@ -193,7 +193,7 @@ class PerChannelWeightFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
     def __init__(self, quant_min: int = -127, quant_max: int = 127, **_: Any) -> None:
         super().__init__()
         self.quant_min, self.quant_max = quant_min, quant_max
-        self.finer_max = quant_max
+        self.refined_max = 0
         self.scale = nn.Parameter(torch.empty(0), requires_grad=False)
         self.register_buffer("zero_point", torch.empty(0, dtype=torch.int32))
 
@@ -203,8 +203,9 @@ class PerChannelWeightFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
         if not self.fake_quant_enabled[0]:
             return w
         # The optimizer may have stepped below the smallest scale; what is used is what would be written.
-        scale = self.scale.clamp_min(SMALLEST_WEIGHT_SCALE) * (self.quant_max / self.finer_max)
-        out: Tensor = _FakeQuantizePerChannel.apply(w, scale, self.zero_point, -self.finer_max, self.finer_max)
+        top = max(self.quant_max, self.refined_max)
+        scale = self.scale.clamp_min(SMALLEST_WEIGHT_SCALE) * (self.quant_max / top)
+        out: Tensor = _FakeQuantizePerChannel.apply(w, scale, self.zero_point, -top, top)
         return out
 
     def calculate_qparams(self, **_: Any) -> tuple[Tensor, Tensor]:
@@ -217,7 +218,7 @@ class PerChannelWeightFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
 
     def refine(self, bits: int) -> None:
         """Round to `bits` over the same range from now on, where they are more than its own."""
-        self.finer_max = max(self.quant_max, WeightFormat(bits).code_range[1])
+        self.refined_max = WeightFormat(bits).code_range[1]
 
     def learn(self, active: bool) -> None:
         """Let the optimizer move a scale that is held, or stop it."""
