@@ -40,7 +40,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
     lines = [tried(name, *tests) for name, tests in BAD_INPUTS.items()]
-    said = run([*PROPERTIES, "--hypothesis-show-statistics", f"--hypothesis-seed={arguments.seed}"], "test_")
+    statistics = ["--hypothesis-show-statistics", f"--hypothesis-seed={arguments.seed}"]
+    said = run([*PROPERTIES, *statistics], "test_", HYPOTHESIS_PROFILE="many")
     examples = sum(int(count) for count in re.findall(r"(\d+) passing (?:test cases|examples)", said))
     failing = sum(int(count) for count in re.findall(r"(\d+) failing (?:test cases|examples)", said))
     properties = len(re.findall(r"^ {2}- during generate phase", said, re.MULTILINE))
@@ -55,11 +56,12 @@ def tried(name: str, *tests: str) -> tuple[str, ...]:
     return name, str(passed + failed), f"{passed} in one line or as an image of the right size, {failed} not"
 
 
-def run(tests: Iterable[str], chosen: str) -> str:
-    """Return what pytest prints about the `chosen` of `tests`."""
+def run(tests: Iterable[str], chosen: str, **settings: str) -> str:
+    """Return what pytest prints about the `chosen` of `tests`, with `settings` in the environment."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, "-k", chosen]
-    environment = {**os.environ, "HYPOTHESIS_PROFILE": "many"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **settings}, stdout=subprocess.PIPE, text=True, check=False
+    )
     print(done.stdout[-2000:], file=sys.stderr, flush=True)
     return done.stdout
 
