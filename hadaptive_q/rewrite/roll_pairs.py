@@ -33,7 +33,8 @@ def roll_pairs(graph: GraphModule) -> int:
             continue
         cs, height, width = (int(size) for size in z.meta["val"].shape[1:])
         order, build = FORMS[cheapest_form(cs, height, width)]
-        permute_readers(graph, product, order(cs))
+        if cs > 2:  # a single product has one order, and what reads it may be no depthwise convolution any more
+            permute_readers(graph, product, order(cs))
         product.replace_all_uses_with(build(graph, product, z, cs))
         count += 1
     finish(graph)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -60,6 +61,17 @@ def test_any_network_deploys_float_equal(
     config: HadaptiveNetConfig, seed: int, assert_float_equal: Callable[[Tensor, Tensor], None]
 ) -> None:
     model = filled(config, seed)
+    inputs = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        assert_float_equal(deploy_graph(model, 32)(inputs), model(inputs))
+
+
+@pytest.mark.parametrize("cs", [2, 3])
+def test_few_products_behind_a_stride(cs: int, assert_float_equal: Callable[[Tensor, Tensor], None]) -> None:
+    """A depthwise convolution of a single product is an ordinary one, which space-to-depth takes."""
+    stem = (ConvConfig(channels=5, k=2, s=2, act=False), ConvConfig(channels=5, k=1, s=1))
+    blocks = (ACHConfig(channels=10, cs=cs, k=2, s=2),)
+    model = filled(HadaptiveNetConfig(name="any", num_classes=3, stem=stem, blocks=blocks, tail=12, hidden=8), 52)
     inputs = torch.randn(3, 3, 32, 32)
     with torch.no_grad():
         assert_float_equal(deploy_graph(model, 32)(inputs), model(inputs))
