@@ -42,8 +42,8 @@ def main() -> None:
     lines = [tried(name, *tests) for name, tests in BAD_INPUTS.items()]
     statistics = ["--hypothesis-show-statistics", f"--hypothesis-seed={arguments.seed}"]
     said = run([*PROPERTIES, *statistics], "test_", HYPOTHESIS_PROFILE="many")
-    examples = sum(int(count) for count in re.findall(r"(\d+) passing (?:test cases|examples)", said))
-    failing = sum(int(count) for count in re.findall(r"(\d+) failing (?:test cases|examples)", said))
+    examples = sum(int(count) for count in re.findall(r"(\d+) passing", said))
+    failing = sum(int(count) for count in re.findall(r"(\d+) failing", said))
     properties = len(re.findall(r"^ {2}- during generate phase", said, re.MULTILINE))
     outcome = f"{properties} properties, {failing} examples against one"
     write_robustness("properties", [*lines, ("examples of properties", f"{examples:,}", outcome)])
