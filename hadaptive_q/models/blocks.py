@@ -1,4 +1,4 @@
-"""The blocks of Hadaptive-Net: convolution with norm, Ghost expansion, bottleneck.
+"""The blocks of Hadaptive-Net: convolution with norm, Ghost expansion, bottleneck, head.
 
 Source: arXiv 2505.22226v2; Ghost from arXiv 1911.11907.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import Tensor, cat, nn
 
 from hadaptive_q.models.ach import ACH
+from hadaptive_q.models.batch_random import Dropout
 from hadaptive_q.models.config import ACHConfig, BlockConfig, SlotOrder
 
 
@@ -69,3 +70,20 @@ class Bottleneck(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.projection(self.depthwise(self.expansion(x)))
         return out + x if self.residual else out
+
+
+class Head(nn.Module):
+    """Global average pool, Linear, Hardswish, dropout, Linear: `(B, C, H, W) -> (B, classes)`."""
+
+    def __init__(self, channels: int, hidden: int, classes: int, dropout: float) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(channels, hidden)
+        self.act = nn.Hardswish()
+        self.dropout = Dropout(dropout)
+        self.classifier = nn.Linear(hidden, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Kept dimensions and (-1, -2) in this order: the form of the mean that XNNPACK takes.
+        x = x.mean((-1, -2), keepdim=True).flatten(1)
+        out: Tensor = self.classifier(self.dropout(self.act(self.hidden(x))))
+        return out

@@ -6,6 +6,8 @@ Products"). Kept free of torch, so that recipes and ``--help`` can name models w
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal, get_args
 
@@ -32,7 +34,7 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class NetworkConfig(_Frozen):
+class NetworkConfig(_Frozen, ABC):
     """Everything that decides the shape of a network, and nothing else; `family` is the key of its family."""
 
     family: str
@@ -40,14 +42,14 @@ class NetworkConfig(_Frozen):
     num_classes: PositiveInt = 100
 
     @property
+    @abstractmethod
     def stride(self) -> int:
         """Input pixels per output pixel of the last stage: the smallest image the network takes."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def stages(self) -> Sequence[BaseModel]:
         """The stages or blocks of the network, in the order of the data."""
-        raise NotImplementedError
 
     @property
     def selects(self) -> bool:
@@ -115,10 +117,7 @@ class HadaptiveNetConfig(NetworkConfig):
 
     @property
     def stride(self) -> int:
-        stride = 1
-        for part in (*self.stem, *self.blocks):
-            stride *= part.s
-        return stride
+        return math.prod(part.s for part in (*self.stem, *self.blocks))
 
     @property
     def stages(self) -> Sequence[BaseModel]:

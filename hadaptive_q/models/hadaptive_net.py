@@ -7,27 +7,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from hadaptive_q.models.batch_random import Dropout
-from hadaptive_q.models.blocks import Bottleneck, ConvBN
+from hadaptive_q.models.blocks import Bottleneck, ConvBN, Head
 from hadaptive_q.models.config import VARIANTS, HadaptiveNetConfig
 from hadaptive_q.models.network import Family, Network
-
-
-class Head(nn.Module):
-    """Global average pool, Linear, Hardswish, dropout, Linear: `(B, C, H, W) -> (B, classes)`."""
-
-    def __init__(self, channels: int, hidden: int, classes: int, dropout: float) -> None:
-        super().__init__()
-        self.hidden = nn.Linear(channels, hidden)
-        self.act = nn.Hardswish()
-        self.dropout = Dropout(dropout)
-        self.classifier = nn.Linear(hidden, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        # Kept dimensions and (-1, -2) in this order: the form of the mean that XNNPACK takes.
-        x = x.mean((-1, -2), keepdim=True).flatten(1)
-        out: Tensor = self.classifier(self.dropout(self.act(self.hidden(x))))
-        return out
 
 
 class HadaptiveNet(Network):

@@ -5,13 +5,14 @@ Source: arXiv 1905.02244 ("Searching for MobileNetV3"), Small at width 1.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from pydantic import BaseModel, PositiveInt
 from torch import Tensor, nn
 
-from hadaptive_q.models.batch_random import Dropout
+from hadaptive_q.models.blocks import Head
 from hadaptive_q.models.config import NetworkConfig, Norm, SlotOrder
 from hadaptive_q.models.network import Family, Network
 from hadaptive_q.models.replace_expansion import put_ach
@@ -52,10 +53,7 @@ class MobileNetV3Config(NetworkConfig):
 
     @property
     def stride(self) -> int:
-        stride = 2
-        for block in self.blocks:
-            stride *= block.s
-        return stride
+        return 2 * math.prod(block.s for block in self.blocks)
 
     @property
     def stages(self) -> Sequence[BaseModel]:
@@ -131,22 +129,6 @@ class Bottleneck(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.projection(self.gate(self.depthwise(self.expansion(x))))
         return x + out if self.residual else out
-
-
-class Head(nn.Module):
-    """Global average pool, Linear, Hardswish, dropout, Linear: `(B, C, H, W) -> (B, classes)`."""
-
-    def __init__(self, channels: int, hidden: int, classes: int, dropout: float) -> None:
-        super().__init__()
-        self.hidden = nn.Linear(channels, hidden)
-        self.act = nn.Hardswish()
-        self.dropout = Dropout(dropout)
-        self.classifier = nn.Linear(hidden, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        pooled = x.mean((-1, -2), keepdim=True).flatten(1)
-        out: Tensor = self.classifier(self.dropout(self.act(self.hidden(pooled))))
-        return out
 
 
 class MobileNetV3(Network):

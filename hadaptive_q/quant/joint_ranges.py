@@ -104,21 +104,27 @@ class Multiplication:
         def choose() -> None:
             limits = [q.observer.limits() for q in self.quantizers]
             # Not from the range that each has by itself: where all three clip, none alone gains by clipping less.
-            found = list(limits)
+            found, pairs = list(limits), self.pairs()
             for _ in range(ALTERNATIONS):
                 for place, quantizer in enumerate(self.quantizers):
                     if not quantizer.known:
-                        found[place] = search_range(self._error(found, place, alone), limits[place], found[place])
+                        found[place] = search_range(
+                            self._error(pairs, found, place, alone), limits[place], found[place]
+                        )
             for quantizer, ends in zip(self.quantizers, found, strict=True):
                 quantizer.set_range(*ends)
 
         return choose
 
     def _error(
-        self, ranges: Sequence[Range], place: int, alone: Sequence[Weighted | None]
+        self,
+        pairs: tuple[Tensor, Tensor, Tensor],
+        ranges: Sequence[Range],
+        place: int,
+        alone: Sequence[Weighted | None],
     ) -> Callable[[Tensor, Tensor], Tensor]:
         """Return J as a function of the range at `place`, the others being `ranges`."""
-        a, b, counts = self.pairs()
+        a, b, counts = pairs
         # As weights of the squares of a relative error.
         weights, levels = counts.sqrt(), [q.observer.levels for q in self.quantizers]
         wanted = a * b * weights

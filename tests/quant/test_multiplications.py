@@ -18,6 +18,7 @@ from hadaptive_q.quant import arithmetic
 from hadaptive_q.quant.backends import torchao_pt2e as backend
 from hadaptive_q.quant.interpreter import IntegerProgram
 from hadaptive_q.quant.plan import make_plan
+from hadaptive_q.quant.program import QuantizedProgram
 from hadaptive_q.quant.sites import quantizer_of
 from hadaptive_q.recipe import QuantizeConfig
 from hadaptive_q.rewrite.deploy import deploy_graph
@@ -81,6 +82,17 @@ def test_products_with_constants_and_of_selected_channels_stay_in_float(nano_gra
     assert not plan.activations.keys() & {product.name for product in products}
 
 
+def logits_of_file(program: QuantizedProgram, integers: IntegerProgram, x: Tensor, folder: Path) -> Tensor:
+    """Return the logits of the written file, which is one delegate of integers that answers as the interpreter does."""
+    lowered = lower(program.export())
+    assert (lowered.coverage.delegates, lowered.coverage.portable_ops, lowered.coverage.fp32_ops) == (1, (), ())
+    (folder / "model.pte").write_bytes(lowered.data)
+    file = PteFile(folder / "model.pte")
+    found = torch.cat([file(image[None]) for image in x])
+    assert torch.equal(found, integers(x))
+    return found
+
+
 def test_every_kind_of_product_in_the_file(tmp_path: Path) -> None:
     ready = calibrated(deploy_graph(Products().eval(), SIZE))
     (clamp,) = calls(ready.graph, aten.relu6.default)
@@ -95,12 +107,7 @@ def test_every_kind_of_product_in_the_file(tmp_path: Path) -> None:
     targets = [node.target for node in integers.graph.graph.nodes]
     assert targets.count(arithmetic.multiply) == 3
     assert not integers.coverage.floating
-    lowered = lower(program.export())
-    assert (lowered.coverage.delegates, lowered.coverage.portable_ops, lowered.coverage.fp32_ops) == (1, (), ())
-    (tmp_path / "model.pte").write_bytes(lowered.data)
-    file = PteFile(tmp_path / "model.pte")
-    found = torch.cat([file(image[None]) for image in x])
-    assert torch.equal(found, integers(x))
+    found = logits_of_file(program, integers, x, tmp_path)
     assert len(found.unique()) > 20
 
 
@@ -115,11 +122,6 @@ def test_the_whole_network_is_one_delegate_of_integers(name: str, tmp_path: Path
     program = backend.convert(calibrated(graph), PREPROCESS)
     integers, x = IntegerProgram(program), images(8, 1)
     assert not integers.coverage.floating
-    lowered = lower(program.export())
-    assert (lowered.coverage.delegates, lowered.coverage.portable_ops, lowered.coverage.fp32_ops) == (1, (), ())
-    (tmp_path / "model.pte").write_bytes(lowered.data)
-    file = PteFile(tmp_path / "model.pte")
-    found = torch.cat([file(image[None]) for image in x])
-    assert torch.equal(found, integers(x))
+    found = logits_of_file(program, integers, x, tmp_path)
     with torch.no_grad():
         assert sqnr_db(model(x), found) > 20
