@@ -23,6 +23,11 @@ class UserError(Exception):
         return type(self), (self.where, self.got, self.expected, self.remedy)
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of what `error` says, or its kind where it says nothing."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 def nearest(word: str, choices: Iterable[str]) -> str:
     """Return ``did you mean 'x'?`` for the choice nearest to `word`, or an empty string."""
     found = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)

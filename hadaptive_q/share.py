@@ -16,7 +16,7 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from hadaptive_q import atomic
-from hadaptive_q.errors import UserError
+from hadaptive_q.errors import UserError, first_line
 from hadaptive_q.models.checkpoint import load_model
 from hadaptive_q.models.network import Network
 from hadaptive_q.report.card import CARD, model_card
@@ -100,10 +100,9 @@ def _explained(where: str) -> Iterator[None]:
     try:
         yield
     except (HFValidationError, HfHubHTTPError, OSError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             where,
-            f"'{reason}'",
+            f"'{first_line(error)}'",
             "a folder, or a repository of the hub that this machine may use",
             "sign in with `hf auth login`, and look at the name: user/repository",
         ) from error

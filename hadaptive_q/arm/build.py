@@ -8,7 +8,6 @@ KEY is a digest of the sources and of the versions of runtime and emulator: a ch
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import shutil
 import subprocess
@@ -21,6 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from hadaptive_q.arm.cores import CORES, Core
+from hadaptive_q.cache import cache_folder
 from hadaptive_q.errors import UserError
 
 EMULATOR, CROSS, HOST = "qemu-aarch64", "aarch64-linux-gnu-g++", "cc"
@@ -122,7 +122,7 @@ def prepare() -> Build:
     digest = hashlib.sha256(f"{runtime}\n{tools.version}\n".encode())
     for name in _SOURCES:
         digest.update((_HERE / name).read_bytes())
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hadaptive-q"
+    cache = cache_folder()
     folder = cache / f"arm-{digest.hexdigest()[:16]}"
     if not folder.is_dir():
         try:

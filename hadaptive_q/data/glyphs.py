@@ -21,8 +21,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from hadaptive_q.atomic import write_with
+from hadaptive_q.cache import cache_folder
 from hadaptive_q.data.datasets import ImageData, TensorSplit
-from hadaptive_q.data.kept import cache_folder
 from hadaptive_q.models.config import Preprocess
 
 IMAGE_SIZE = 64

@@ -19,7 +19,7 @@ from hadaptive_q.data.encoded import EncodedSplit, View
 from hadaptive_q.data.image_file import image_bytes
 from hadaptive_q.data.shards import shards_by_split
 from hadaptive_q.data.stream import StreamSplit
-from hadaptive_q.errors import UserError, nearest
+from hadaptive_q.errors import UserError, first_line, nearest
 
 _ENCODED = datasets.Image(decode=False)
 
@@ -110,8 +110,9 @@ def _told(where: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(where, f"'{first}'", "a hub data set that can be reached, or a local parquet") from error
+        raise UserError(
+            where, f"'{first_line(error)}'", "a hub data set that can be reached, or a local parquet"
+        ) from error
 
 
 def _local_files(name: str, where: str) -> dict[str, list[str]]:

@@ -15,7 +15,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from hadaptive_q.data.crop import Box, CentralCrop, Crop
-from hadaptive_q.errors import UserError
+from hadaptive_q.errors import UserError, first_line
 
 _WHOLE = CentralCrop()
 _EXPECTED = "an image that Pillow can read"
@@ -32,7 +32,7 @@ def check_header(path: Path) -> None:
         with Image.open(path):
             pass
     except _UNREADABLE as error:
-        raise UserError(str(path), _reason(error), _EXPECTED, "remove or replace the file") from error
+        raise UserError(str(path), f"'{first_line(error)}'", _EXPECTED, "remove or replace the file") from error
 
 
 def decode(data: bytes, size: int, where: str, crop: Crop = _WHOLE) -> Tensor:
@@ -51,7 +51,7 @@ def decode(data: bytes, size: int, where: str, crop: Crop = _WHOLE) -> Tensor:
                     _decode_small(image, box, size)
                 upright = _eight_bits(ImageOps.exif_transpose(image)).convert("RGB")
     except _UNREADABLE as error:
-        raise UserError(where, _reason(error), _EXPECTED, "remove or replace it") from error
+        raise UserError(where, f"'{first_line(error)}'", _EXPECTED, "remove or replace it") from error
     x, y = upright.width / width, upright.height / height
     scaled = (box[0] * x, box[1] * y, min(box[2] * x, upright.width), min(box[3] * y, upright.height))
     fitted = upright.resize((size, size), Image.Resampling.BILINEAR, box=scaled)
@@ -75,10 +75,6 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     if not image.mode.startswith("I"):
         return image
     return Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
-
-
-def _reason(error: Exception) -> str:
-    return f"'{str(error).splitlines()[0] if str(error) else type(error).__name__}'"
 
 
 def image_bytes(cell: Any, where: str) -> bytes:

@@ -14,15 +14,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from hadaptive_q.atomic import write_with
+from hadaptive_q.cache import cache_folder
 from hadaptive_q.errors import UserError
 
 log = logging.getLogger(__name__)
 Arrays = dict[str, np.ndarray]
-
-
-def cache_folder() -> Path:
-    """Return the package's folder in the user's cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hadaptive-q"
 
 
 def index_file(root: Path) -> Path:

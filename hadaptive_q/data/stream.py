@@ -12,7 +12,7 @@ from hadaptive_q.data.crop import RandomCrop
 from hadaptive_q.data.datasets import Item
 from hadaptive_q.data.encoded import View
 from hadaptive_q.data.image_file import image_bytes
-from hadaptive_q.errors import UserError
+from hadaptive_q.errors import UserError, first_line
 
 # Encoded images held at once: of photographs as in ImageNet, a hundred megabytes each.
 BUFFER = 1000
@@ -63,8 +63,7 @@ class StreamSplit:
         try:
             yield from rows
         except (OSError, ValueError, RuntimeError) as error:
-            first = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(self.where, f"'{first}'", "shards that can be read to their end") from error
+            raise UserError(self.where, f"'{first_line(error)}'", "shards that can be read to their end") from error
 
     def drawn(self, row: int | StreamRow, crop: RandomCrop | None) -> Item:
         sample = self.head[row] if isinstance(row, int) else row

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from hadaptive_q.atomic import write_bytes, write_text
-from hadaptive_q.errors import UserError, nearest
+from hadaptive_q.errors import UserError, first_line, nearest
 from hadaptive_q.models.conductor import read_conductor
 from hadaptive_q.models.config import FAMILIES, NetworkConfig, Preprocess
 from hadaptive_q.models.families import build, find_family
@@ -80,7 +80,7 @@ def load_model(path: str | Path) -> Network:
         with torch.device("meta"):  # a configuration that lies is found out before its tensors take memory
             expected = build(config.model).state_dict()
     except (ValueError, TypeError, RuntimeError, OverflowError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"checkpoint {path}", f"'{reason}'", "the configuration of a network") from error
     _check_tensors(expected, tensors, f"checkpoint {path}", config.model.name)
     model = build(config.model)

@@ -14,7 +14,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from hadaptive_q.errors import UserError
+from hadaptive_q.errors import UserError, first_line
 from hadaptive_q.models.config import ACHConfig, BlockConfig, ConvConfig, GhostConfig, HadaptiveNetConfig, Norm
 from hadaptive_q.models.cross_hadamard import pair_indices
 
@@ -39,7 +39,7 @@ def read_conductor(path: Path) -> tuple[HadaptiveNetConfig, dict[str, Tensor]]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except _UNREADABLE as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0][:120]
+        reason = first_line(error)[:120]
         raise UserError(where, f"'{reason}'", "a checkpoint of tensors and plain containers") from error
     keys = ("model_desc", "model_state_dict")
     if not isinstance(content, dict) or any(not isinstance(content.get(key), Mapping) for key in keys):
@@ -48,7 +48,7 @@ def read_conductor(path: Path) -> tuple[HadaptiveNetConfig, dict[str, Tensor]]:
         config = parse_description(content["model_desc"])
     except (ValidationError, KeyError, IndexError, TypeError, ValueError) as error:
         raise UserError(
-            f"{where}, model_desc", f"'{str(error).splitlines()[0]}'", "the description of a Hadaptive-Net"
+            f"{where}, model_desc", f"'{first_line(error)}'", "the description of a Hadaptive-Net"
         ) from error
     return config, _rename(config, content["model_state_dict"], where)
 

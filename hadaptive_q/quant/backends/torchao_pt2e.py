@@ -26,7 +26,7 @@ from torchao.quantization.pt2e.quantizer import (
 )
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
-from hadaptive_q.errors import UserError
+from hadaptive_q.errors import UserError, first_line
 from hadaptive_q.models.config import InputName, Preprocess
 from hadaptive_q.quant.fake_quant import (
     ActivationFakeQuantize,
@@ -202,7 +202,7 @@ def restore(prepared: Prepared, path: Path) -> Calibrated:
     try:
         load_model(prepared.graph, path)
     except (SafetensorError, RuntimeError, OSError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UserError(str(path), f"'{reason}'", "the state this run saved", "run it again") from error
     return Calibrated(prepared.graph, prepared.plan)
 
