@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from hadaptive_q.errors import UserError, nearest
+from hadaptive_q.errors import UserError, first_line, nearest
 
 
 def test_a_user_error_is_one_line_in_a_fixed_order() -> None:
@@ -13,6 +13,11 @@ def test_a_user_error_is_one_line_in_a_fixed_order() -> None:
 
 def test_without_a_remedy_nothing_is_appended() -> None:
     assert str(UserError("here", "this", "that")) == "here: got this; expected that"
+
+
+def test_the_first_line_of_an_error_is_its_kind_where_it_says_nothing() -> None:
+    assert first_line(ValueError("one\ntwo")) == "one"
+    assert first_line(OSError()) == "OSError"
 
 
 @pytest.mark.parametrize(

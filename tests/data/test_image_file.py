@@ -199,10 +199,6 @@ def test_check_header_reads_the_kind_and_not_the_pixels(tmp_path: Path) -> None:
         check_header(tmp_path / "missing.png")
 
 
-def test_errors_without_text_are_named_by_their_kind() -> None:
-    assert image_file._reason(OSError()) == "'OSError'"
-
-
 def test_the_middle_may_be_smaller_than_the_image() -> None:
     pixels = np.zeros((64, 96), np.uint8)
     pixels[8:56, 24:72] = 200  # the square of three quarters of 64
