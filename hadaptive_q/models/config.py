@@ -24,6 +24,7 @@ INPUTS: tuple[InputName, ...] = get_args(InputName)
 FAMILIES = {
     "hadaptive_net": ("nano", "s", "m", "l"),
     "mobilenet_v3": ("nano", "small", "small_ach"),
+    "s2aformer": ("nano", "mini", "t", "xs", "s", "m"),
     "starnet": ("nano", "s1", "s2", "s3", "s4"),
 }
 # The variants by name, and the family of each.
