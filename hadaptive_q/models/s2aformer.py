@@ -47,7 +47,7 @@ class S2AFormerConfig(NetworkConfig):
 
     Queries and keys have `key` channels in each head; the MLP has `ratio` times as many channels as its stage. `act` is
     the activation of stem, local step and MLP, `epsilon` and `shifted` say of LayerNorms what keeps their root from 0
-    and whether they add a bias, `biased` whether the convolutions without norm do.
+    and whether they add a bias (every layer behind one has its own), `biased` whether convolutions without norm do.
     """
 
     family: Literal["s2aformer"] = "s2aformer"
@@ -60,7 +60,7 @@ class S2AFormerConfig(NetworkConfig):
     ratio: PositiveFloat = 4
     act: Activation = "gelu"
     epsilon: PositiveFloat = 1e-5
-    shifted: bool = True
+    shifted: bool = False
     biased: bool = True
 
     @property
