@@ -1,7 +1,8 @@
 """Sink a BatchNorm that has no convolution before it into the layers behind it.
 
 Formula: with ``y = g x + t`` per channel, ``W y + b = (W g) x + (b + W t)``. A mean over pixels, flattening and dropout
-between change nothing, as g and t are one for all pixels. A convolution must not pad: it would pad x instead of y.
+between change nothing, as g and t are one for all pixels. A convolution must not pad where t is not 0: it would pad x
+instead of y. It is dense or depthwise.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from hadaptive_q.rewrite.fold_batch_norm import norm_affine
-from hadaptive_q.rewrite.graph import add_parameter, aten, calls, constant, conv_settings, finish
+from hadaptive_q.rewrite.graph import add_parameter, aten, calls, constant, conv_settings, finish, is_depthwise
 
 _BETWEEN = (aten.mean.dim, aten.flatten.using_ints, aten.dropout.default)
 
@@ -22,10 +23,10 @@ def sink_batch_norm(graph: GraphModule) -> int:
     for node in calls(graph, aten.batch_norm.default):
         source = node.args[0]
         assert isinstance(source, Node)
-        layers = _layers_behind(graph, node)
+        scale, shift = norm_affine(graph, node)
+        layers = _layers_behind(graph, node, bool(shift.any()))
         if source.target == aten.conv2d.default or not layers:
             continue
-        scale, shift = norm_affine(graph, node)
         for layer in layers:
             _fold(graph, layer, scale, shift)
         node.replace_all_uses_with(source)
@@ -34,11 +35,12 @@ def sink_batch_norm(graph: GraphModule) -> int:
     return count
 
 
-def _layers_behind(graph: GraphModule, node: Node) -> list[Node]:
+def _layers_behind(graph: GraphModule, node: Node, shifted: bool) -> list[Node]:
     """Return the layers that read `node`, or nothing where anything else does, too."""
     found: list[Node] = []
     for user in node.users:
-        inner = _layers_behind(graph, user) if _keeps_channels(user) else [user] if _takes_in(graph, user) else []
+        taken = [user] if _takes_in(graph, user, shifted) else []
+        inner = _layers_behind(graph, user, shifted) if _keeps_channels(user) else taken
         if not inner:
             return []
         found += inner
@@ -54,20 +56,20 @@ def _keeps_channels(node: Node) -> bool:
     return node.target in _BETWEEN
 
 
-def _takes_in(graph: GraphModule, node: Node) -> bool:
+def _takes_in(graph: GraphModule, node: Node, shifted: bool) -> bool:
     if node.target not in (aten.conv2d.default, aten.linear.default) or constant(graph, node.args[1]) is None:
         return False
     if node.target == aten.linear.default:
         return True
     settings = conv_settings(node)
-    return settings.groups == 1 and settings.padding == [0, 0]
+    return (settings.groups == 1 or is_depthwise(graph, node)) and not (shifted and any(settings.padding))
 
 
 def _fold(graph: GraphModule, layer: Node, scale: Tensor, shift: Tensor) -> None:
     weight = constant(graph, layer.args[1])
     bias = constant(graph, layer.args[2]) if len(layer.args) > 2 else None
     assert weight is not None
-    by_channel = (1, -1, *(1,) * (weight.dim() - 2))
+    by_channel = (-1, 1, 1, 1) if is_depthwise(graph, layer) else (1, -1, *(1,) * (weight.dim() - 2))
     with torch.no_grad():
         moved = (weight * shift.reshape(by_channel)).flatten(1).sum(dim=1)
         name = str(layer.args[1])
