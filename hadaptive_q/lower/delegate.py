@@ -147,6 +147,20 @@ class Delegate:
         for node in self.nodes:
             node.replace_input(old, new)
 
+    def swap(self, first: Node, second: Node) -> None:
+        """Let the element-wise `second` come before `first`, whose result it alone reads."""
+        values, (source,), between, last = self.values, first.inputs, first.output, second.output
+        swapped = copy.deepcopy(values[last].raw)
+        Value(swapped).tensor.dims = values[source].dims
+        Value(swapped).tensor.id_out = between
+        self.graph.xvalues = [swapped if v.tensor.id_out == between else v.raw for v in values.values()]
+        first.replace_input(source, between)
+        second.replace_input(between, source)
+        first.fields.output_id, second.fields.output_id = last, between
+        order = self.graph.xnodes
+        earlier, later = (next(i for i, raw in enumerate(order) if raw is node.raw) for node in (first, second))
+        order[earlier], order[later] = order[later], order[earlier]
+
     def packed_constants(self) -> set[int]:
         """Return the indices of the constants that are copied when the file is loaded, and not read afterwards."""
         values, packed, kept = self.values, set[int](), set[int]()

@@ -81,7 +81,22 @@ def drop_idle_reshapes(delegate: Delegate) -> int:
     return count + _drop_unread(delegate)
 
 
-EDITS: tuple[Callable[[Delegate], int], ...] = (merge_repeated, cancel_transposes, drop_idle_reshapes)
+def narrow_early(delegate: Delegate) -> int:
+    """Quantize before a transpose whose result is all that is quantized: a quarter of the bytes move, if any still do."""
+    values, count = delegate.values, 0
+    made = {output: node for node in delegate.nodes for output in node.outputs}
+    for node in delegate.nodes:
+        inner = made.get(node.inputs[0]) if node.kind == "XNNConvert" else None
+        if inner is None or inner.kind != "XNNStaticTranspose" or not values[node.output].is_quantized:
+            continue
+        read = sum(inner.output in other.inputs for other in delegate.nodes)
+        if read == 1 and not any(values[i].is_external for i in (inner.output, node.output)):
+            delegate.swap(inner, node)
+            count += 1
+    return count
+
+
+EDITS: tuple[Callable[[Delegate], int], ...] = (merge_repeated, narrow_early, cancel_transposes, drop_idle_reshapes)
 
 
 def share_bias_scales(delegate: Delegate) -> int:

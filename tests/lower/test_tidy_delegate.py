@@ -18,6 +18,7 @@ from hadaptive_q.lower.tidy_delegate import (
     cancel_transposes,
     drop_idle_reshapes,
     merge_repeated,
+    narrow_early,
     share_bias_scales,
     tidy_delegate,
 )
@@ -101,6 +102,30 @@ def test_a_step_done_twice_is_done_once_and_another_scale_is_another_step() -> N
     assert merge_repeated(delegate) == 1
     assert delegate.nodes[-1].inputs == [1, 1]
     assert [node.output for node in delegate.nodes] == [1, 3, 9]
+
+
+def test_a_transpose_between_quantizing_and_its_undoing_goes() -> None:
+    delegate = graph_of(
+        [transpose(0, 1, TO_NCHW), schema.XNNConvert(1, 2, 0), transpose(2, 3, TO_NHWC), schema.XNNAbs(3, 9, 0)],
+        [
+            tensor(0, NHWC, external=True),
+            tensor(1, NCHW),
+            tensor(2, NCHW, scale=0.5),
+            tensor(3, NHWC, scale=0.5),
+            tensor(9, NHWC, external=True),
+        ],
+    )
+    tidy_delegate(delegate)
+    assert [(node.kind, node.inputs) for node in delegate.nodes] == [("XNNConvert", [0]), ("XNNAbs", [1])]
+    assert (delegate.values[1].datatype, delegate.values[1].dims) == ("qint8", NHWC)
+
+
+def test_a_transpose_that_has_another_reader_stays_in_float() -> None:
+    delegate = graph_of(
+        [transpose(0, 1, TO_NCHW), schema.XNNConvert(1, 8, 0), schema.XNNAbs(1, 9, 0)],
+        [tensor(0, NHWC, external=True), tensor(1, NCHW), tensor(8, NCHW, scale=0.5), tensor(9, NCHW, external=True)],
+    )
+    assert narrow_early(delegate) == 0
 
 
 def test_reshapes_of_reshapes_and_to_the_same_shape_go() -> None:
