@@ -22,8 +22,9 @@ from hadaptive_q.rewrite.slice_selection import slice_selection
 from hadaptive_q.rewrite.spell_layer_norm import spell_layer_norm
 from hadaptive_q.rewrite.split_depthwise import split_depthwise
 
-# In this order: what a LayerNorm scales sinks as a BatchNorm does; concatenations sink once the convolutions carry their BatchNorm; gains move, convolutions merge and
-# channels are reordered once every depthwise convolution has its own part of them.
+# In this order: what a LayerNorm scales sinks as a BatchNorm does; concatenations sink once the convolutions carry
+# their BatchNorm; gains move, convolutions merge and channels are reordered once every depthwise convolution has its
+# own part of them.
 REWRITES: tuple[Callable[[GraphModule], int], ...] = (
     spell_layer_norm,
     sink_batch_norm,

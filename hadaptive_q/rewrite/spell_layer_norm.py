@@ -9,7 +9,6 @@ has seen mean 0 and variance 1, which `sink_batch_norm` moves into the layers be
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from hadaptive_q.rewrite.graph import add_buffer, aten, calls, constant, finish
@@ -61,21 +60,14 @@ def _normalised(graph: GraphModule, norm: Node, maps: Node) -> Node:
 
 def _affine(graph: GraphModule, norm: Node, normalised: Node) -> Node:
     """Return `normalised` scaled and shifted as `norm` does."""
-    scale, shift = (constant(graph, argument) for argument in (*norm.args[2:4], None, None)[:2])
-    if scale is None and shift is None:
+    scale, shift = (*norm.args[2:4], None, None)[:2]
+    some = constant(graph, scale) if constant(graph, shift) is None else constant(graph, shift)
+    if some is None:
         return normalised
-    some = scale if scale is not None else shift
-    assert some is not None
-    parameters: list[Node | None] = []
-    for value, name in ((scale, "scale"), (shift, "shift")):
-        parameters.append(None if value is None else add_buffer(graph, f"{norm.name}_{name}", value, norm))
-    statistics = [_statistic(graph, norm, value) for value in (torch.zeros_like(some), torch.ones_like(some))]
+    mean = add_buffer(graph, f"{norm.name}_zero", torch.zeros_like(some), norm)
+    variance = add_buffer(graph, f"{norm.name}_one", torch.ones_like(some), norm)
     with graph.graph.inserting_before(norm):
-        arguments = (normalised, *parameters, *statistics, False, 0.0, 0.0, False)
+        arguments = (normalised, scale, shift, mean, variance, False, 0.0, 0.0, False)
         node = graph.graph.call_function(aten.batch_norm.default, arguments)
     node.meta = dict(normalised.meta)
     return node
-
-
-def _statistic(graph: GraphModule, norm: Node, value: Tensor) -> Node:
-    return add_buffer(graph, f"{norm.name}_statistic", value, norm)

@@ -45,6 +45,7 @@ class Pooled(nn.Module):
         pytest.param([Pooled], id="linear behind a mean"),
         pytest.param([lambda: nn.Conv2d(6, 5, 1, bias=False)], id="1x1 without bias"),
         pytest.param([lambda: nn.Conv2d(6, 4, 3), lambda: nn.Conv2d(6, 4, 3)], id="two, of 3x3 without padding"),
+        pytest.param([lambda: nn.Conv2d(6, 6, 2, 2, groups=6)], id="depthwise"),
     ],
 )
 def test_same_values(
@@ -62,7 +63,7 @@ def test_same_values(
     "readers",
     [
         pytest.param([lambda: nn.Conv2d(6, 4, 3, padding=1)], id="it pads"),
-        pytest.param([lambda: nn.Conv2d(6, 6, 1, groups=6)], id="channel by channel"),
+        pytest.param([lambda: nn.Conv2d(6, 6, 1, groups=2)], id="in groups"),
         pytest.param([nn.ReLU], id="no layer"),
         pytest.param([lambda: nn.Conv2d(6, 6, 1), nn.ReLU], id="a layer and something else"),
     ],
