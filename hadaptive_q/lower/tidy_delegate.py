@@ -82,7 +82,7 @@ def drop_idle_reshapes(delegate: Delegate) -> int:
 
 
 def narrow_early(delegate: Delegate) -> int:
-    """Quantize before a transpose that nothing else reads: a quarter of the bytes move, or none where it meets another."""
+    """Quantize before a transpose that nothing else reads: a quarter of the bytes move, or none."""
     values, count = delegate.values, 0
     made = {output: node for node in delegate.nodes for output in node.outputs}
     for node in delegate.nodes:
