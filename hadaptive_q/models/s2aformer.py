@@ -18,26 +18,25 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, PositiveFloat, PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hadaptive_q.models.config import NetworkConfig
+from hadaptive_q.models.blocks import Convolution
+from hadaptive_q.models.config import NetworkConfig, StageConfig
 from hadaptive_q.models.network import Family, Network
-from hadaptive_q.models.starnet import Convolution, Head
+from hadaptive_q.models.starnet import Head
 
 Activation = Literal["gelu", "hardswish", "relu"]
 ACTIVATIONS: dict[Activation, type[nn.Module]] = {"gelu": nn.GELU, "hardswish": nn.Hardswish, "relu": nn.ReLU}
 
 
-class StageConfig(BaseModel):
-    """A stage: a patch embedding of stride 2 to `channels`, and `depth` blocks behind it.
+class HybridConfig(StageConfig):
+    """A patch embedding of stride 2 and the blocks behind it.
 
     Keys and values have `reduction` times fewer pixels in each direction; `heads` attend on their own.
     """
 
-    channels: PositiveInt
-    depth: PositiveInt
     reduction: PositiveInt = 1
     heads: PositiveInt = 1
 
@@ -52,7 +51,7 @@ class S2AFormerConfig(NetworkConfig):
 
     family: Literal["s2aformer"] = "s2aformer"
     stem: PositiveInt = 16
-    levels: tuple[StageConfig, ...]
+    levels: tuple[HybridConfig, ...]
     patch_k: PositiveInt = 3
     first_k: PositiveInt = 3
     local_k: PositiveInt = 3
@@ -68,7 +67,7 @@ class S2AFormerConfig(NetworkConfig):
         return 2 << len(self.levels)
 
     @property
-    def stages(self) -> Sequence[StageConfig]:
+    def stages(self) -> Sequence[HybridConfig]:
         return self.levels
 
 
@@ -85,7 +84,7 @@ class StripAttention(nn.Module):
     Shapes: `(B, C, H, W) -> (B, C, H, W)`; per head `Q` is `(H W, key)`, `K` is `(H W / r^2, key)`.
     """
 
-    def __init__(self, channels: int, config: S2AFormerConfig, stage: StageConfig) -> None:
+    def __init__(self, channels: int, config: S2AFormerConfig, stage: HybridConfig) -> None:
         super().__init__()
         r, narrow = stage.reduction, stage.heads * config.key
         self.heads, self.scale = stage.heads, 1 / math.sqrt(config.key)
@@ -123,7 +122,7 @@ class HybridBlock(nn.Module):
     Shapes: `(B, C, H, W) -> (B, C, H, W)`.
     """
 
-    def __init__(self, config: S2AFormerConfig, stage: StageConfig) -> None:
+    def __init__(self, config: S2AFormerConfig, stage: HybridConfig) -> None:
         super().__init__()
         channels, act = stage.channels, ACTIVATIONS[config.act]
         wide, biased = int(config.ratio * channels), config.biased
@@ -188,7 +187,7 @@ def _initialise(module: nn.Module) -> None:
 
 
 def _variant(name: str, stem: int, *stages: tuple[int, int, int], key: int = 16) -> S2AFormerConfig:
-    levels = tuple(StageConfig(channels=channels, depth=depth, reduction=r) for channels, depth, r in stages)
+    levels = tuple(HybridConfig(channels=channels, depth=depth, reduction=r) for channels, depth, r in stages)
     return S2AFormerConfig(name=f"s2aformer_{name}", stem=stem, levels=levels, key=key)
 
 

@@ -189,6 +189,17 @@ def hardswish(x: Tensor) -> Tensor:
     return (x / torch.full_like(x, 6.0)) * (x + 3.0).clamp(0.0, 6.0)
 
 
+def gelu(x: Tensor) -> Tensor:
+    """Return ``(x / 2) * (1 + erf(x sqrt(2) / 2))``, all but the first quotient in float64, as tables have it."""
+    return ((x / 2).double() * (1 + torch.erf(x.double() * math.sqrt(2) / 2))).float()
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    """Return ``e^x / (1 + e^x)``, computed in float64; beyond 100 it is 0 or 1."""
+    power = x.double().clamp(-100, 100).exp()
+    return (power / (1 + power)).float()
+
+
 def clamp(codes: Tensor, low: int, high: int) -> Tensor:
     """Return codes of fewer bits than 8: ``min(max(q, low), high)``."""
     return codes.clamp(low, high)

@@ -11,8 +11,8 @@ from hadaptive_q.models.network import count_macs, count_parameters
 from hadaptive_q.models.s2aformer import (
     ChannelNorm,
     HybridBlock,
+    HybridConfig,
     S2AFormerConfig,
-    StageConfig,
     StripAttention,
 )
 
@@ -50,7 +50,7 @@ def test_every_size_from_the_stride_on_works() -> None:
 def test_attention_is_the_libraries(heads: int) -> None:
     torch.manual_seed(0)
     config = S2AFormerConfig(name="try", levels=(), key=3)
-    attention = StripAttention(8, config, StageConfig(channels=8, depth=1, reduction=2, heads=heads)).eval()
+    attention = StripAttention(8, config, HybridConfig(channels=8, depth=1, reduction=2, heads=heads)).eval()
     x = torch.randn(2, 8, 6, 4)
     with torch.no_grad():
         reduced = attention.reduce(x)
@@ -67,7 +67,7 @@ def test_attention_is_the_libraries(heads: int) -> None:
 
 def test_a_block_does_its_steps_in_the_published_order() -> None:
     torch.manual_seed(0)
-    block = HybridBlock(S2AFormerConfig(name="try", levels=()), StageConfig(channels=8, depth=1)).eval()
+    block = HybridBlock(S2AFormerConfig(name="try", levels=()), HybridConfig(channels=8, depth=1)).eval()
     x = torch.randn(2, 8, 5, 5)
     with torch.no_grad():
         y = block.first(x) + x
