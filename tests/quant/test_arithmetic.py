@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -156,13 +157,20 @@ def test_additions_out_of_range_are_refused() -> None:
             arithmetic.add(codes, codes, Grid(ratio, 0), Grid(1.0, 0), Grid(1.0, 0))
 
 
-class Hardswish(nn.Module):
-    def __init__(self, source: Grid, out: Grid) -> None:
+class Table(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor], source: Grid, out: Grid) -> None:
         super().__init__()
-        self.source, self.out = source, out
+        self.function, self.source, self.out = function, source, out
 
     def forward(self, x: Tensor) -> Tensor:
-        return through(F.hardswish(through(x, self.source)), self.out)
+        return through(self.function(through(x, self.source)), self.out)
+
+
+FUNCTIONS = [
+    (F.hardswish, arithmetic.hardswish),
+    (F.gelu, arithmetic.gelu),
+    (torch.sigmoid, arithmetic.sigmoid),
+]
 
 
 TABLES = [
@@ -178,11 +186,12 @@ def test_additions_of_all_pairs_of_codes_and_tables(tmp_path: Path) -> None:
     first, second = EVERY.repeat_interleave(256), EVERY.repeat(256)
     pairs = [torch.stack((arithmetic.dequantize(first, a), arithmetic.dequantize(second, b))) for a, b, _ in ADDITIONS]
     inputs = [x.reshape(1, 2, 256, 256) for x in pairs]
-    inputs += [arithmetic.dequantize(EVERY, source).reshape(1, 4, 8, 8) for source, _ in TABLES]
-    parts = [*(Add(*grids) for grids in ADDITIONS), *(Hardswish(*grids) for grids in TABLES)]
+    parts: list[nn.Module] = [Add(*grids) for grids in ADDITIONS]
     wanted = [(arithmetic.add(first, second, *grids), grids[-1]) for grids in ADDITIONS]
-    tables = [arithmetic.table(arithmetic.hardswish, *grids) for grids in TABLES]
-    wanted += [(arithmetic.lookup(EVERY, entries), out) for entries, (_, out) in zip(tables, TABLES, strict=True)]
+    for (operator, function), (source, out) in itertools.product(FUNCTIONS, TABLES):
+        inputs.append(arithmetic.dequantize(EVERY, source).reshape(1, 4, 8, 8))
+        parts.append(Table(operator, source, out))
+        wanted.append((arithmetic.lookup(EVERY, arithmetic.table(function, source, out)), out))
     for (codes, out), found in zip(wanted, run(tmp_path / "file.pte", parts, inputs), strict=True):
         assert torch.equal(arithmetic.dequantize(codes, out), found[0]), out
 
