@@ -22,32 +22,31 @@ from hadaptive_q.arm.count import count_instructions
 from hadaptive_q.lower.executorch import Lowered, lower
 
 CORE, EPSILON, PAGE = "cortex-a55", 1e-5, ROOT / "docs" / "products.md"
+Form = Callable[[Tensor, Tensor, Tensor], Tensor]
 MAPS = ((24, 56), (112, 14), (288, 7))
 
 
-def nothing(x: Tensor) -> Tensor:
+def nothing(x: Tensor, weight: Tensor, epsilon: Tensor) -> Tensor:
     return x
 
 
-def as_it_is(x: Tensor) -> Tensor:
+def as_it_is(x: Tensor, weight: Tensor, epsilon: Tensor) -> Tensor:
     return F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], eps=EPSILON).permute(0, 3, 1, 2)
 
 
-def convolutions(x: Tensor) -> Tensor:
+def convolutions(x: Tensor, weight: Tensor, epsilon: Tensor) -> Tensor:
     """Means as 1x1 convolutions: what `spell_layer_norm` writes."""
-    weight = torch.full((1, x.shape[1], 1, 1), 1 / x.shape[1])
     centred = x - F.conv2d(x, weight)
-    return centred * torch.rsqrt(F.conv2d(centred * centred, weight, torch.tensor([EPSILON])))
+    return centred * torch.rsqrt(F.conv2d(centred * centred, weight, epsilon))
 
 
-def moments(x: Tensor) -> Tensor:
+def moments(x: Tensor, weight: Tensor, epsilon: Tensor) -> Tensor:
     """The variance as the mean of squares less the square of the mean."""
-    weight = torch.full((1, x.shape[1], 1, 1), 1 / x.shape[1])
     mean = F.conv2d(x, weight)
-    return (x - mean) * torch.rsqrt(F.conv2d(x * x, weight, torch.tensor([EPSILON])) - mean * mean)
+    return (x - mean) * torch.rsqrt(F.conv2d(x * x, weight, epsilon) - mean * mean)
 
 
-def means(x: Tensor) -> Tensor:
+def means(x: Tensor, weight: Tensor, epsilon: Tensor) -> Tensor:
     """Means as the one mean that XNNPACK takes, over the last two of four dimensions."""
 
     def mean(y: Tensor) -> Tensor:
@@ -59,7 +58,7 @@ def means(x: Tensor) -> Tensor:
     return centred * torch.rsqrt(mean(centred * centred) + EPSILON)
 
 
-FORMS: dict[str, Callable[[Tensor], Tensor]] = {
+FORMS: dict[str, Form] = {
     "LayerNorm": as_it_is,
     "1x1 convolutions": convolutions,
     "1x1 convolutions, of squares": moments,
@@ -68,13 +67,18 @@ FORMS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Between(nn.Module):
-    def __init__(self, channels: int, norm: Callable[[Tensor], Tensor]) -> None:
+    weight: Tensor
+    epsilon: Tensor
+
+    def __init__(self, channels: int, norm: Form) -> None:
         super().__init__()
+        self.register_buffer("weight", torch.full((1, channels, 1, 1), 1 / channels))
+        self.register_buffer("epsilon", torch.tensor([EPSILON]))
         torch.manual_seed(0)
         self.before, self.after, self.norm = nn.Conv2d(channels, channels, 1), nn.Conv2d(channels, channels, 1), norm
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.after(self.norm(self.before(x)))
+        out: Tensor = self.after(self.norm(self.before(x), self.weight, self.epsilon))
         return out
 
 
@@ -95,7 +99,7 @@ def _shape(lowered: Lowered) -> Row:
 
 
 @functools.cache
-def _cost(channels: int, side: int, norm: Callable[[Tensor], Tensor]) -> tuple[int, Lowered]:
+def _cost(channels: int, side: int, norm: Form) -> tuple[int, Lowered]:
     with torch.no_grad():
         program = torch.export.export(Between(channels, norm).eval(), (torch.zeros(1, channels, side, side),))
     lowered = lower(program)
