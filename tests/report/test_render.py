@@ -71,6 +71,16 @@ def test_pages_hold_the_figures(report: record.Report, tmp_path: Path) -> None:
     assert "conv_11" not in page.split("ten weakest")[1]
 
 
+def test_a_network_without_products_has_pages_without_them(report: record.Report, tmp_path: Path) -> None:
+    write_report_pages(report.model_copy(update={"ach": []}), tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<svg") == 2
+    for text in (page, (tmp_path / "report.md").read_text()):
+        assert "94.25" in text
+        assert "ACH" not in text
+        assert "Hadamard" not in text
+
+
 def test_pages_say_what_the_file_takes(report: record.Report, tmp_path: Path) -> None:
     assert report.input is None, "reports from before it was recorded"
     taken = record.InputRecord(dtype="uint8", shape=[1, 64, 64, 3])
