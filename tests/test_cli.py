@@ -22,6 +22,7 @@ from PIL import Image
 from hadaptive_q import search
 from hadaptive_q.__main__ import main
 from hadaptive_q.lower.onnx import OnnxFile, to_onnx
+from hadaptive_q.lower.parity import compare
 from hadaptive_q.lower.runtime import PteFile
 from hadaptive_q.models.checkpoint import save_model
 from hadaptive_q.models.families import create_model
@@ -400,6 +401,7 @@ def test_sizes(text: str, size: int) -> None:
     assert parse_size(text) == size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mobilenet_v3_nano", "starnet_nano"])
 def test_every_command_about_a_network_of_another_family(name: str, tmp_path: Path) -> None:
     """From a checkpoint through its file and its ONNX to every question that a run answers."""
@@ -421,17 +423,23 @@ def test_every_command_about_a_network_of_another_family(name: str, tmp_path: Pa
     accuracy = report["accuracy"]
     assert (report["model"], report["parity"]["integer_identical"]) == (name, 1.0)
     assert answer("eval", str(out / "model.pte"))["top1"] == accuracy["pte_top1"]
-    print(answer("check", str(out), "--budget", "coverage.fp32_ops == 0", "--budget", "coverage.delegates == 1"))
-    print(answer("verify", str(out)))
+    assert answer("check", str(out), "--budget", "coverage.fp32_ops == 0", "--budget", "coverage.delegates == 1") == []
+    verified = answer("verify", str(out))
+    assert len(verified) == 4
+    assert not any(file["problems"] for file in verified)
     explained = answer("explain", str(out), "--samples", "4")
     assert (explained["model"], explained["ach"], explained["float_islands"]) == (name, [], [])
     (measured,) = answer("bench", str(out / "model.pte"))
     assert measured["host_ms_median"] > 0
-    assert answer("info", name, "--classes", "10")["parameters"] == answer("info", str(tmp_path / "net.safetensors"))["parameters"]
+    sized = ("--image-size", "32")
+    assert answer("info", name, "--classes", "10", *sized) == answer("info", str(tmp_path / "net.safetensors"), *sized)
 
     answer("export", str(out), "--to", "onnx", "--out", str(written))
     assert answer("eval", str(written / "model.onnx"))["top1"] == pytest.approx(accuracy["quantized_top1"], abs=0.6)
     onnx, pte = OnnxFile(written / "model.onnx"), PteFile(out / "model.pte")
     x = torch.randn(16, 3, 32, 32)
-    found, wanted = onnx(x), torch.cat([pte(image[None]) for image in x])
-    print((found-wanted).abs().max(), wanted.unique().diff().min(), len(wanted.unique()))
+    wanted = torch.cat([pte(image[None]) for image in x])
+    parity = compare(wanted, onnx(x), float(wanted.unique().diff().min()))
+    assert len(wanted.unique()) > 20
+    # onnxruntime multiplies in float32 and rounds ties another way.
+    assert (parity.max_codes <= 1, parity.changed_fraction <= 0.01) == (True, True)
