@@ -1,4 +1,4 @@
-"""A clamp behind an int8 addition or multiplication: part of its operator with our configurations, else one beside it."""
+"""A clamp behind an int8 addition or product is part of it with our configurations, an operator in float without."""
 
 from __future__ import annotations
 
