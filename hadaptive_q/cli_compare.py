@@ -21,9 +21,7 @@ def compare(
     data: given.Data = None,
     recipe: given.RecipePerModel = None,
     core: given.CountedCore = "cortex-a76",
-    out: Annotated[
-        Path | None, typer.Option(help="Folder for runs and pages; runs/compare-DATA unless given.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for runs and pages; runs/compare-DATA unless given.")] = None,
     set_: given.Settings = None,
     as_json: given.AsJson = False,
 ) -> None:

@@ -95,4 +95,5 @@ def _leaves(frame: Bbox, box: Bbox) -> bool:
 def _pieces(start: NDArray[np.float64], end: NDArray[np.float64]) -> Iterator[Bbox]:
     """Yield small boxes along the line between two pixels."""
     for share in np.linspace(0, 1, max(2, int(abs(end - start).max() / 3))):
-        yield Bbox.from_bounds(*(start + share * (end - start) - 1), 2, 2)
+        x, y = start + share * (end - start)
+        yield Bbox.from_extents(x - 1, y - 1, x + 1, y + 1)
