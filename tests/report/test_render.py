@@ -92,3 +92,13 @@ def test_same_record_same_bytes(report: record.Report, tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         write_report_pages(report, tmp_path / name)
     assert (tmp_path / "a" / "report.html").read_bytes() == (tmp_path / "b" / "report.html").read_bytes()
+
+
+def test_a_network_without_products_has_no_word_about_them(report: record.Report, tmp_path: Path) -> None:
+    write_report_pages(report.model_copy(update={"ach": []}), tmp_path)
+    for name in ("report.md", "report.html"):
+        page = (tmp_path / name).read_text()
+        assert "94.25" in page
+        assert "ACH" not in page
+        assert "Cross-Hadamard" not in page
+    assert page.count("<svg") == 2
