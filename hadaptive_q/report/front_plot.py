@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.text import Annotation, Text
+from matplotlib.text import Annotation
 from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 
@@ -65,9 +65,9 @@ def place_names(
     placed: list[Annotation] = []
     # From above to below: where points crowd, names step aside in the order in which they are read.
     for index in sorted(range(len(points)), key=lambda i: -at[i][1]):
-        taken = [*map(Text.get_window_extent, placed), *markers]
+        taken = [*(note.get_window_extent() for note in placed), *markers]
         tries = [_name(axis, names[index], points[index], place) for place in _PLACES]
-        boxes = [Text.get_window_extent(note).padded(pixel) for note in tries]
+        boxes = [note.get_window_extent().padded(pixel) for note in tries]
         bad = [(b.count_overlaps(taken) + _leaves(frame, b), b.count_overlaps(thin), i) for i, b in enumerate(boxes)]
         *_, chosen = min(bad)  # the nearest of the equally good
         for note in tries:

@@ -46,7 +46,13 @@ def write_comparison_pages(record: Comparison, folder: Path) -> None:
     """Write `compare.md` and `compare.html` of `record` into `folder`."""
     labels = {"instructions": f"million instructions on {record.core}", "bytes": "file, MB"}
     drawn = {kind: front_plot(record.models, cost, labels[kind]) for kind, cost in costs(record).items()}
-    environment, shown = pages(), {"record": record, "fronts": fronts(record), "plots": drawn}
+    shown = {
+        "record": record,
+        "counted": not record.instructions_absent,
+        "fronts": fronts(record),
+        "plots": drawn,
+    }
+    environment = pages()
     for name in ("compare.md", "compare.html"):
         write_text(folder / name, environment.get_template(f"{name}.j2").render(shown))
 
