@@ -14,7 +14,6 @@ import torch
 from hadaptive_q import compare as comparing
 from hadaptive_q.arm import build
 from hadaptive_q.arm.count import count_instructions
-from hadaptive_q.bench import bench_files
 from hadaptive_q.candidates import Candidates, find_candidates
 from hadaptive_q.changes import float_drop
 from hadaptive_q.compare import compare
@@ -54,6 +53,19 @@ def compared(candidates: Candidates, folder: Path) -> Comparison:
 @pytest.fixture
 def nothing_made(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(comparing, "quantize", lambda *_: pytest.fail("nothing is to be made"))
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> list[list[Path]]:
+    """Return the files of every timing, which takes no time and gives a millisecond each."""
+    calls: list[list[Path]] = []
+
+    def instead(files: list[Path], _cores: list[str]) -> list[dict[str, float]]:
+        calls.append(files)
+        return [{"bytes": file.stat().st_size, "host_ms_median": 1.0, "host_ms_spread": 0.0} for file in files]
+
+    monkeypatch.setattr(comparing, "bench_files", instead)
+    return calls
 
 
 def only(candidates: Candidates, *names: str) -> Candidates:
@@ -117,7 +129,7 @@ def test_everything_is_written(compared: Comparison, folder: Path) -> None:
 
 
 def test_finished_runs_are_not_repeated(
-    compared: Comparison, candidates: Candidates, folder: Path, nothing_made: None
+    compared: Comparison, candidates: Candidates, folder: Path, nothing_made: None, timed: list[list[Path]]
 ) -> None:
     before = (folder / "out" / "mobilenet_v3_nano" / "report.json").stat().st_mtime_ns
     again = compare(only(candidates, "mobilenet_v3_nano", "run"), folder / "out", CORE)
@@ -126,11 +138,17 @@ def test_finished_runs_are_not_repeated(
         each.model_dump(exclude=free) for each in compared.models
     ]
     assert again.failed == []
+    (files,) = timed
+    assert [path.name for path in files] == ["model.pte", "float.pte"] * 2, "all in one go"
     assert (folder / "out" / "mobilenet_v3_nano" / "report.json").stat().st_mtime_ns == before
 
 
 def test_another_recipe_is_run_anew(
-    compared: Comparison, candidates: Candidates, folder: Path, monkeypatch: pytest.MonkeyPatch
+    compared: Comparison,
+    candidates: Candidates,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    timed: list[list[Path]],
 ) -> None:
     """And where lowering breaks, that is one model's failure, too."""
     asked: list[Path] = []
@@ -180,7 +198,11 @@ def test_an_unfinished_run_is_refused(nano_run: Any, tmp_path: Path) -> None:
 
 
 def test_without_an_emulator_it_says_so(
-    candidates: Candidates, nano_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    candidates: Candidates,
+    nano_run: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    timed: list[list[Path]],
 ) -> None:
     def absent() -> None:
         raise UserError("emulated ARM64", "no qemu-aarch64", "emulator and compilers")
@@ -196,18 +218,3 @@ def test_an_output_that_is_a_file(candidates: Candidates, tmp_path: Path) -> Non
     (tmp_path / "out").touch()
     with pytest.raises(UserError, match="--out"):
         compare(only(candidates, "run"), tmp_path / "out", CORE)
-
-
-def test_files_are_timed_together(
-    compared: Comparison, candidates: Candidates, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls: list[list[Path]] = []
-
-    def timed(files: list[Path], cores: list[str]) -> object:
-        calls.append(files)
-        return bench_files(files, cores)
-
-    monkeypatch.setattr(comparing, "bench_files", timed)
-    compare(only(candidates, "mobilenet_v3_nano", "run"), folder / "out", CORE)
-    (files,) = calls
-    assert [path.name for path in files] == ["model.pte", "float.pte"] * 2
