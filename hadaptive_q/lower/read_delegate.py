@@ -21,6 +21,8 @@ from executorch.exir._serialize._program import deserialize_pte_binary
 
 _BACKEND = "XnnpackBackend"
 _TYPE_PREFIX = "xnn_datatype_"
+# The bound of a clamp without one, as the reader writes it: no JSON. Names stand in quotes.
+_INFINITE = re.compile(rb"(: -?)inf\b")
 
 
 @dataclass(frozen=True)
@@ -62,5 +64,4 @@ def _decoded(payload: bytes) -> Any:
         schema.write_bytes(importlib.resources.files(serialization).joinpath("schema.fbs").read_bytes())
         binary.write_bytes(payload)
         _flatc_decompile(folder, str(schema), str(binary), ["--raw-binary"])
-        # A ReLU has no upper end, which the decoder prints as C does.
-        return json.loads(re.sub(rb": (-?)inf\b", rb": \1Infinity", binary.with_suffix(".json").read_bytes()))
+        return json.loads(_INFINITE.sub(rb"\1Infinity", binary.with_suffix(".json").read_bytes()))

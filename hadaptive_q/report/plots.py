@@ -24,7 +24,8 @@ BLAMED = 20
 def plots(report: Report, explanation: Explanation | None = None) -> dict[str, str]:
     """Return the plots by name, each one `<svg>` element."""
     drawn = {"summary": _summary(report), "layers": _layers(report.layers)}
-    drawn |= {"ranges": _ranges(report)} if report.ach else {}
+    if report.ach:
+        drawn["ranges"] = _ranges(report)
     return drawn | ({"blame": _blame(explanation)} if explanation else {})
 
 
