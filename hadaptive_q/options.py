@@ -21,12 +21,9 @@ _CHECKPOINTS = (".safetensors", ".pt")
 
 def complete_recipe(context: typer.Context, incomplete: str) -> list[str]:
     """Shipped recipes that the command runs, and recipe files."""
-    command, tasks = context.info_name, {name: load_recipe(name).task for name in shipped("recipes")}
-    names = [
-        name
-        for name, task in tasks.items()
-        if command in (task, "search") or (command == "compare" and task in QUANTIZING)
-    ]
+    command = context.info_name or ""
+    tasks = {"search": ("train", *QUANTIZING), "compare": QUANTIZING}.get(command, (command,))
+    names = [name for name in shipped("recipes") if load_recipe(name).task in tasks]
     return [*_starting(names, incomplete), *_paths(incomplete, ".yaml", ".yml")]
 
 

@@ -65,27 +65,27 @@ def place_names(
     placed: list[Annotation] = []
     # From above to below: where points crowd, names step aside in the order in which they are read.
     for index in sorted(range(len(points)), key=lambda i: -at[i][1]):
-        taken = [*(note.get_window_extent() for note in placed), *markers]
-        tries = [_name(axis, names[index], points[index], place) for place in _PLACES]
-        boxes = [note.get_window_extent().padded(pixel) for note in tries]
+        note = axis.annotate(names[index], points[index], (0, 0), textcoords="offset points", fontsize=8, zorder=4)
+        box = note.get_window_extent()
+        corners = [_corner(place, box.width / pixel, box.height / pixel) for place in _PLACES]
+        boxes = [box.translated(x * pixel, y * pixel).padded(pixel) for x, y in corners]
+        taken = [*(other.get_window_extent() for other in placed), *markers]
         bad = [(b.count_overlaps(taken) + _leaves(frame, b), b.count_overlaps(thin), i) for i, b in enumerate(boxes)]
         *_, chosen = min(bad)  # the nearest of the equally good
-        for note in tries:
-            if note is not tries[chosen]:
-                note.remove()
+        note.set_position(corners[chosen])
         if chosen >= _ANGLES:
             tail = {"arrowstyle": "-", "color": FLOAT_COLOR, "linewidth": 0.6, "shrinkA": 0, "shrinkB": POINT}
             axis.annotate("", points[index], _PLACES[chosen], textcoords="offset points", arrowprops=tail)
-        placed.append(tries[chosen])
+        placed.append(note)
     return placed
 
 
-def _name(axis: Axes, name: str, point: Point, place: Point) -> Annotation:
-    """Write `name` with the side that faces `point`, or its middle, at `place` beside it."""
+def _corner(place: Point, width: float, height: float) -> Point:
+    """Return where a text begins whose side that faces the point, or the middle of it, is at `place`."""
     x, y = place
-    across = "center" if abs(x) < abs(y) / 2 else "left" if x > 0 else "right"
-    along = "center" if abs(y) < abs(x) / 2 else "bottom" if y > 0 else "top"
-    return axis.annotate(name, point, place, textcoords="offset points", ha=across, va=along, fontsize=8, zorder=4)
+    across = 0.5 if abs(x) < abs(y) / 2 else float(x < 0)
+    along = 0.5 if abs(y) < abs(x) / 2 else float(y < 0)
+    return x - across * width, y - along * height
 
 
 def _leaves(frame: Bbox, box: Bbox) -> bool:
