@@ -27,7 +27,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "compare": (
         "compare hadaptive_net_s mobilenet_v3_small starnet_s1 --data glyphs --out runs/compared",
-        "compare model.safetensors runs/mine --data path/to/images --recipe int8_ptq --recipe model=int4_ptq",
+        "compare trained.safetensors runs/mine --data path/to/images --recipe int8_ptq --recipe trained=int4_ptq",
     ),
     "verify": ("verify runs/mine", "verify runs/mine/model.pte --json"),
     "explain": ("explain runs/mine", "explain runs/mine --layer blocks.3.expansion --samples 256"),
