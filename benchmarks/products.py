@@ -23,7 +23,7 @@ from hadaptive_q.lower.parity import sqnr_db
 from hadaptive_q.lower.runtime import PteFile
 from hadaptive_q.models.network import Network
 
-MODELS = ("mobilenet_v3_small", "starnet_s1")
+MODELS = ("mobilenet_v3_small", "rcvit_xs", "starnet_s1")
 FORMS = ("int8", "float", "stock int8")
 CORE, IMAGE_SIZE = "cortex-a76", 224
 PAGE = ROOT / "docs" / "products.md"

@@ -39,7 +39,7 @@ COLUMNS = ("step", "where", "images per second", "time of the float step")
 
 
 def step_64() -> list[Row]:
-    """S at 64x64, batch 64: float, QAT with and without its teacher, and stock QAT."""
+    """S at 64x64, batch 64: float, QAT with and without its teacher, with learned ranges, and stock QAT."""
     return _steps("hadaptive_net_s", 64, 64)
 
 
@@ -59,6 +59,7 @@ def _steps(name: str, size: int, batch: int) -> list[Row]:
         "float": _float(create_model(name, CLASSES), inputs, labels),
         "QAT, no teacher": _qat(create_model(name, CLASSES).eval(), inputs, labels, 0.0),
         "QAT, with its float teacher": _qat(create_model(name, CLASSES).eval(), inputs, labels, 1.0),
+        "QAT, ranges learned, no teacher": _qat(create_model(name, CLASSES).eval(), inputs, labels, 0.0, learned=True),
         "stock PT2E QAT": _stock(create_model(name, CLASSES), inputs, labels),
     }
     times: dict[str, list[float]] = {title: [] for title in steps}
@@ -105,12 +106,12 @@ def _float(model: Network, inputs: Tensor, labels: Tensor) -> Step:
     return _step(student, lambda: loss(student, images, labels))
 
 
-def _qat(teacher: Network, inputs: Tensor, labels: Tensor, distill: float) -> Step:
+def _qat(teacher: Network, inputs: Tensor, labels: Tensor, distill: float, learned: bool = False) -> Step:
     size = inputs.shape[-1]
     graph = deploy_graph(create_model(teacher.config.name, CLASSES).eval(), size)
     prepared = backend.prepare(graph, make_plan(graph, QuantizeConfig()), "minmax")
     calibrated = backend.calibrate(prepared, [inputs[:8]])
-    backend.start_fit(calibrated, learned=False)
+    backend.start_fit(calibrated, learned=learned)
     student = ObservedGraph(calibrated.graph).to(DEVICE)
     images = inputs.to(DEVICE)
     loss = fit_loss(FitConfig(epochs=1, lr=1e-5, distill=distill), ObservedModel(teacher).to(DEVICE))

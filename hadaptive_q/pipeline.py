@@ -47,6 +47,7 @@ from hadaptive_q.report.record import Report
 from hadaptive_q.report.render import write_report_pages
 from hadaptive_q.rewrite.deploy import deploy_graph
 from hadaptive_q.rewrite.drop_no_ops import drop_no_ops
+from hadaptive_q.rewrite.equalise_multiplications import equalise_multiplications
 from hadaptive_q.rewrite.freeze_selection import freeze_selection
 from hadaptive_q.train.loop import Training, check_tensorboard, discard_state, predict, train
 from hadaptive_q.train.losses import fit_loss, float_loss
@@ -204,6 +205,7 @@ def prepare(recipe: Recipe, graph: GraphModule) -> torchao_pt2e.Prepared:
 
 def calibrate(recipe: Recipe, graph: GraphModule, inputs: Sequence[Tensor]) -> Calibrated:
     """Prepare the deploy graph `graph` (in place), calibrate it on `inputs` and round its 4-bit weights by `recipe`."""
+    equalise_multiplications(graph, inputs)
     calibrated = find_backend(recipe.quantize.backend).calibrate(prepare(recipe, graph), inputs)
     if recipe.quantize.rounding == "gptq":
         round_with_feedback(calibrated, inputs)

@@ -44,6 +44,7 @@ from hadaptive_q.report.plots import pareto_png
 from hadaptive_q.report.record import versions
 from hadaptive_q.report.search_record import FrontPoint, Instructions, SearchedLayer, SearchRecord
 from hadaptive_q.rewrite.deploy import deploy_graph
+from hadaptive_q.rewrite.equalise_multiplications import equalise_multiplications
 from hadaptive_q.rewrite.freeze_selection import freeze_selection
 from hadaptive_q.train.loop import predict
 
@@ -232,7 +233,9 @@ def _prepare(recipe: Recipe, model: Network, data: ImageData, manifest: Manifest
         freeze_selection(model, inputs)
     deploy = deploy_graph(model, data.preprocess.image_size)
     # Scales that follow the weights, whatever finds those of the recipe: bits change while it measures.
-    calibrated = torchao_pt2e.calibrate(prepare(recipe, copy.deepcopy(deploy)), inputs)
+    graph = copy.deepcopy(deploy)
+    equalise_multiplications(graph, inputs)
+    calibrated = torchao_pt2e.calibrate(prepare(recipe, graph), inputs)
     return _Case(recipe, data, deploy, calibrated, inputs, _few(data, samples))
 
 

@@ -21,7 +21,9 @@ from PIL import Image
 
 from hadaptive_q import search
 from hadaptive_q.__main__ import main
-from hadaptive_q.lower.onnx import to_onnx
+from hadaptive_q.lower.onnx import OnnxFile, to_onnx
+from hadaptive_q.lower.parity import compare
+from hadaptive_q.lower.runtime import PteFile
 from hadaptive_q.models.checkpoint import save_model
 from hadaptive_q.models.families import create_model
 from hadaptive_q.options import parse_size
@@ -397,3 +399,47 @@ def test_search_mistakes(arguments: list[str], words: list[str], tmp_path: Path)
 )
 def test_sizes(text: str, size: int) -> None:
     assert parse_size(text) == size
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mobilenet_v3_nano", "starnet_nano"])
+def test_every_command_about_a_network_of_another_family(name: str, tmp_path: Path) -> None:
+    """From a checkpoint through its file and its ONNX to every question that a run answers."""
+    torch.manual_seed(0)
+    model = create_model(name, 10)
+    for _ in range(10):  # running statistics that belong to the weights
+        model.train()(torch.randn(16, 3, 32, 32))
+    save_model(model.eval(), tmp_path / "net.safetensors")
+    out, written = tmp_path / "out", tmp_path / "onnx"
+
+    def answer(*arguments: str) -> Any:
+        done = run(*arguments, "--json")
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    report = answer(
+        *("ptq", "--checkpoint", str(tmp_path / "net.safetensors"), "--out", str(out), "--set", "image_size=32")
+    )
+    accuracy = report["accuracy"]
+    assert (report["model"], report["parity"]["integer_identical"]) == (name, 1.0)
+    assert answer("eval", str(out / "model.pte"))["top1"] == accuracy["pte_top1"]
+    assert answer("check", str(out), "--budget", "coverage.fp32_ops == 0", "--budget", "coverage.delegates == 1") == []
+    verified = answer("verify", str(out))
+    assert len(verified) == 4
+    assert not any(file["problems"] for file in verified)
+    explained = answer("explain", str(out), "--samples", "4")
+    assert (explained["model"], explained["ach"], explained["float_islands"]) == (name, [], [])
+    (measured,) = answer("bench", str(out / "model.pte"))
+    assert measured["host_ms_median"] > 0
+    sized = ("--image-size", "32")
+    assert answer("info", name, "--classes", "10", *sized) == answer("info", str(tmp_path / "net.safetensors"), *sized)
+
+    answer("export", str(out), "--to", "onnx", "--out", str(written))
+    assert answer("eval", str(written / "model.onnx"))["top1"] == pytest.approx(accuracy["quantized_top1"], abs=0.6)
+    onnx, pte = OnnxFile(written / "model.onnx"), PteFile(out / "model.pte")
+    x = torch.randn(16, 3, 32, 32)
+    wanted = torch.cat([pte(image[None]) for image in x])
+    parity = compare(wanted, onnx(x), float(wanted.unique().diff().min()))
+    assert len(wanted.unique()) > 20
+    # onnxruntime multiplies in float32 and rounds ties another way.
+    assert (parity.max_codes <= 1, parity.changed_fraction <= 0.01) == (True, True)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from hadaptive_q.lower.file_input import FileInput
 from hadaptive_q.lower.parity import sqnr_db, top1
 from hadaptive_q.lower.runtime import PteFile
 from hadaptive_q.models.checkpoint import load_model, save_model
-from hadaptive_q.models.families import create_model
+from hadaptive_q.models.config import MODELS
+from hadaptive_q.models.families import create_model, find_config
 from hadaptive_q.models.hadaptive_net import HadaptiveNet
 from hadaptive_q.pipeline import quantize, train_float
 from hadaptive_q.quant.fake_quant import PerChannelWeightFakeQuantize
@@ -56,8 +58,9 @@ DESIGN_KEYS = {
 
 
 def small(name: str, **settings: object) -> Recipe:
-    """Return a shipped recipe at a size for tests: nano network, 32x32, one epoch each."""
-    fields = {"model": "hadaptive_net_nano", "image_size": 32, "float.epochs": 1, "float.lr": 0.005, **settings}
+    """Return a shipped recipe at a size for tests: the nano network of its family, 32x32, one epoch each."""
+    nano = f"{MODELS[load_recipe(name).model]}_nano"
+    fields = {"model": nano, "image_size": 32, "float.epochs": 1, "float.lr": 0.005, **settings}
     recipe = load_recipe(name)
     if recipe.fit:
         fields["fit.epochs"] = 1
@@ -65,11 +68,16 @@ def small(name: str, **settings: object) -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A nano network that has seen digits for one epoch; every recipe starts from it."""
-    out = tmp_path_factory.mktemp("float")
-    train_float(small("float"), out)
-    return out / "float.safetensors"
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return a function that gives the nano network `model` after one epoch of digits; every recipe starts from it."""
+
+    @functools.cache
+    def make(model: str) -> Path:
+        out = tmp_path_factory.mktemp("float")
+        train_float(small("float", model=model), out)
+        return out / "float.safetensors"
+
+    return make
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -91,9 +99,9 @@ def each_program_is_lowered_once() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("name", QUANTIZING)
-def test_recipe_gives_a_measured_file(name: str, trained: Path, tmp_path: Path) -> None:
+def test_recipe_gives_a_measured_file(name: str, trained: Callable[[str], Path], tmp_path: Path) -> None:
     recipe = small(name)
-    report = quantize(recipe, tmp_path, trained, to=("pte", "onnx"))
+    report = quantize(recipe, tmp_path, trained(recipe.model), to=("pte", "onnx"))
 
     assert {p.name for p in tmp_path.iterdir()} >= {
         *("model.pte", "float.pte", "model.onnx", "report.json", "report.md", "report.html"),
@@ -136,7 +144,7 @@ def test_recipe_gives_a_measured_file(name: str, trained: Path, tmp_path: Path) 
     assert (report.parity.frozen_agreement is not None) == (report.parity.frozen_sqnr_db is not None) == static
 
     selections = {ach.selection for ach in report.ach}
-    assert selections == {recipe.quantize.selection}
+    assert selections == ({recipe.quantize.selection} if find_config(recipe.model).selects else set())
     assert report.coverage.delegates == 1
     assert report.coverage.portable_ops == []
     if static:
@@ -211,9 +219,9 @@ def test_a_format_whose_packages_are_missing_is_refused_before_any_work(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_to_files_that_take_bytes(trained: Path, tmp_path: Path) -> None:
+def test_a_run_to_files_that_take_bytes(trained: Callable[[str], Path], tmp_path: Path) -> None:
     recipe = small("int8_static", **{"quantize.input": "uint8_nchw"})
-    report = quantize(recipe, tmp_path, trained, to=("pte", "onnx"))
+    report = quantize(recipe, tmp_path, trained(recipe.model), to=("pte", "onnx"))
     assert report.input == InputRecord(dtype="uint8", shape=[1, 3, 32, 32])
     assert (report.coverage.delegates, report.coverage.portable_ops) == (1, [])
     assert report.parity.integer_identical == 1.0

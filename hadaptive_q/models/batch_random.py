@@ -30,5 +30,21 @@ class Dropout(nn.Dropout):
         return dropout(x, self.p, True) if self.training else super().forward(x)
 
 
+class StochasticDepth(nn.Module):
+    """``x / (1 - p)``, or 0 with probability `p`, each sample `(B, ...)` for itself, in training; else x.
+
+    Source: arXiv 1603.09382 ("Deep Networks with Stochastic Depth").
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0:
+            return x
+        return x * dropout(x.new_ones(len(x), *(1,) * (x.dim() - 1)), self.p, True)
+
+
 def _whole(x: Tensor) -> Tensor:
     return x.new_empty((processes.count() * len(x), *x.shape[1:]))

@@ -1,4 +1,4 @@
-"""The blocks of Hadaptive-Net: convolution with norm, Ghost expansion, bottleneck, head.
+"""The blocks of Hadaptive-Net: convolution with norm, Ghost expansion, bottleneck, head; and what families share.
 
 Source: arXiv 2505.22226v2; Ghost from arXiv 1911.11907.
 """
@@ -27,6 +27,19 @@ class ConvBN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.act(self.bn(self.conv(x)))
         return out
+
+
+class Convolution(nn.Sequential):
+    """Convolution with bias, padded to keep the size but for the stride `s`, and BatchNorm where `norm` is set.
+
+    Shapes: `(B, c1, H, W) -> (B, c2, ceil(H / s), ceil(W / s))`.
+    """
+
+    def __init__(self, c1: int, c2: int, k: int = 1, s: int = 1, groups: int = 1, norm: bool = True) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(c1, c2, k, s, (k - 1) // 2, groups=groups)
+        if norm:
+            self.bn = nn.BatchNorm2d(c2)
 
 
 class Ghost(nn.Module):

@@ -1,7 +1,7 @@
 """Float checkpoints: weights as safetensors, their configuration as JSON beside them.
 
 `model.safetensors` holds tensors only and `model.json` the network's shape and preprocessing, so nothing in a
-checkpoint can execute. `load_model` reads the authors' files too (see `conductor`).
+checkpoint can execute. `load_model` reads the authors' files too (see `authors`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hadaptive_q.atomic import write_bytes, write_text
 from hadaptive_q.errors import UserError, first_line, nearest
-from hadaptive_q.models.conductor import read_conductor
+from hadaptive_q.models.authors import read_authors
 from hadaptive_q.models.config import FAMILIES, NetworkConfig, Preprocess
 from hadaptive_q.models.families import build, find_family
 from hadaptive_q.models.network import Network
@@ -74,7 +74,7 @@ def load_model(path: str | Path) -> Network:
     if path.suffix == ".safetensors":
         config, tensors = _read_safetensors(path)
     else:
-        model_config, tensors = read_conductor(path)
+        model_config, tensors = read_authors(path)
         config = CheckpointConfig[Any](model=model_config)
     try:
         with torch.device("meta"):  # a configuration that lies is found out before its tensors take memory

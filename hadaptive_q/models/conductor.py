@@ -1,13 +1,8 @@
-"""The authors' training checkpoints, read as data: `model_desc` gives the shape, `model_state_dict` the weights.
-
-Only tensors and plain containers are unpickled (``weights_only``); nothing in the file executes.
-"""
+"""The authors' layout of a Hadaptive-Net checkpoint: `model_desc` gives the shape, `model_state_dict` the weights."""
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,31 +14,19 @@ from hadaptive_q.models.config import ACHConfig, BlockConfig, ConvConfig, GhostC
 from hadaptive_q.models.cross_hadamard import pair_indices
 
 _NORMS: dict[str, Norm] = {"DySoft": "dysoft", "BN": "batch_norm", "BatchNorm2d": "batch_norm"}
-# What `torch.load` raises for a damaged or foreign file.
-_UNREADABLE = (
-    *(pickle.UnpicklingError, RuntimeError, EOFError, OSError),
-    *(ValueError, LookupError, AttributeError, TypeError),
-)
 MOST_PARTS = 1000
 _CONV_BN = {"conv": "conv", "bn": "bn"}
 _GHOST = {"primary_conv": "primary", "cheap_operation": "cheap"}
 _ACH = {"fc": "pointwise", "norm_x": "bn", "eva_net.conv": "scorer", "norm": "norm"}
 
 
-def read_conductor(path: Path) -> tuple[HadaptiveNetConfig, dict[str, Tensor]]:
-    """Return the configuration and the renamed tensors of the authors' checkpoint at `path`.
+def fits(content: Mapping[str, Any]) -> bool:
+    """Whether `content`, what is in a file, is of this layout."""
+    return all(isinstance(content.get(key), Mapping) for key in ("model_desc", "model_state_dict"))
 
-    Raises UserError for a foreign, truncated or code-carrying file.
-    """
-    where = f"checkpoint {path}"
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except _UNREADABLE as error:
-        reason = first_line(error)[:120]
-        raise UserError(where, f"'{reason}'", "a checkpoint of tensors and plain containers") from error
-    keys = ("model_desc", "model_state_dict")
-    if not isinstance(content, dict) or any(not isinstance(content.get(key), Mapping) for key in keys):
-        raise UserError(where, "a foreign layout", "a dict with 'model_desc' and 'model_state_dict'")
+
+def read(content: Mapping[str, Any], where: str) -> tuple[HadaptiveNetConfig, dict[str, Tensor]]:
+    """Return the configuration and the renamed tensors. Raises UserError where they make no Hadaptive-Net."""
     try:
         config = parse_description(content["model_desc"])
     except (ValidationError, KeyError, IndexError, TypeError, ValueError) as error:

@@ -24,6 +24,7 @@ INPUTS: tuple[InputName, ...] = get_args(InputName)
 FAMILIES = {
     "hadaptive_net": ("nano", "s", "m", "l"),
     "mobilenet_v3": ("nano", "small", "small_ach"),
+    "rcvit": ("nano", "xs", "s", "m", "t"),
     "starnet": ("nano", "s1", "s2", "s3", "s4"),
 }
 # The variants by name, and the family of each.
@@ -62,6 +63,13 @@ class NetworkConfig(_Frozen, ABC):
         Raises UserError where this family has no place for it.
         """
         raise UserError(f"replace_expansion of {self.name}", f"the family {self.family}", "one with plain expansions")
+
+
+class StageConfig(_Frozen):
+    """A stage of blocks that keep the size: `depth` of them with `channels` each."""
+
+    channels: PositiveInt
+    depth: PositiveInt
 
 
 class ConvConfig(_Frozen):

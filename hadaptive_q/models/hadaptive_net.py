@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from hadaptive_q.models import conductor
 from hadaptive_q.models.blocks import Bottleneck, ConvBN, Head
 from hadaptive_q.models.config import VARIANTS, HadaptiveNetConfig
-from hadaptive_q.models.network import Family, Network
+from hadaptive_q.models.network import Family, Layout, Network
 
 
 class HadaptiveNet(Network):
@@ -48,4 +49,5 @@ def _initialise(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-FAMILY = Family(HadaptiveNetConfig, HadaptiveNet, VARIANTS)
+LAYOUT = Layout("a dict with 'model_desc' and 'model_state_dict'", conductor.fits, conductor.read)
+FAMILY = Family(HadaptiveNetConfig, HadaptiveNet, VARIANTS, LAYOUT)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from hadaptive_q.models.ach import ACH
@@ -38,12 +38,25 @@ class Network(nn.Module):
 
 
 @dataclass(frozen=True)
+class Layout:
+    """How the authors of a family store a network: `read` turns what is in a file into a configuration and tensors.
+
+    `read` takes what `fits` takes, and where it came from; `expected` says in an error what `fits` looks for.
+    """
+
+    expected: str
+    fits: Callable[[Mapping[str, Any]], bool]
+    read: Callable[[Mapping[str, Any], str], tuple[NetworkConfig, dict[str, Tensor]]]
+
+
+@dataclass(frozen=True)
 class Family:
-    """The configuration and the network of a family, and its variants by name."""
+    """The configuration and the network of a family, its variants by name, and its authors' layout of a file."""
 
     config: type[NetworkConfig]
     network: Callable[[Any], Network]
     variants: Mapping[str, NetworkConfig]
+    layout: Layout | None = None
 
 
 def count_parameters(model: nn.Module) -> int:

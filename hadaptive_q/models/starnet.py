@@ -8,18 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from pydantic import BaseModel, PositiveInt
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from hadaptive_q.models.config import NetworkConfig
+from hadaptive_q.models.blocks import Convolution
+from hadaptive_q.models.config import NetworkConfig, StageConfig
 from hadaptive_q.models.network import Family, Network
-
-
-class StageConfig(BaseModel):
-    """A stage: a 3x3 convolution of stride 2 to `channels`, and `depth` blocks behind it."""
-
-    channels: int
-    depth: int
 
 
 class StarNetConfig(NetworkConfig):
@@ -38,19 +32,6 @@ class StarNetConfig(NetworkConfig):
     @property
     def stages(self) -> Sequence[StageConfig]:
         return [StageConfig(channels=self.base << i, depth=depth) for i, depth in enumerate(self.depths)]
-
-
-class Convolution(nn.Sequential):
-    """Convolution with bias, padded to keep the size but for the stride `s`, and BatchNorm where `norm` is set.
-
-    Shapes: `(B, c1, H, W) -> (B, c2, ceil(H / s), ceil(W / s))`.
-    """
-
-    def __init__(self, c1: int, c2: int, k: int = 1, s: int = 1, groups: int = 1, norm: bool = True) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(c1, c2, k, s, (k - 1) // 2, groups=groups)
-        if norm:
-            self.bn = nn.BatchNorm2d(c2)
 
 
 class StarBlock(nn.Module):

@@ -130,14 +130,34 @@ def multiply(a: Tensor, b: Tensor, a_grid: Grid, b_grid: Grid, out: Grid) -> Ten
     Formula: ``f = (s_a s_b) / s_y`` in float32, rounded after each operator;
     ``y = clamp(round(float32((a - z_a) (b - z_b)) f) + z_y, -128, 127)``.
     Bits: offsets 9, their product 17, exact in float32; one rounding of the product with f and one, half to even, to
-    the code. (ARM64 kernels shift the integer product of f's 24 bits and round half up: another code only where that
-    lies within 2^-24 of a half.) Raises ValueError for a ratio the runtime does not promise anything about.
+    the code: the kernels of x86-64. Raises ValueError for a ratio the runtime does not promise anything about.
     """
+    factor, acc = _product(a, b, a_grid, b_grid, out)
+    return _saturate((acc.to(torch.float32) * factor).round() + out.zero_point)
+
+
+def multiply_arm64(a: Tensor, b: Tensor, a_grid: Grid, b_grid: Grid, out: Grid) -> Tensor:
+    """Multiply as `multiply`, by the kernels of ARM64.
+
+    Formula: ``f = m 2^(-31 - k)`` with an integer m of 31 bits; ``y = clamp((floor(p 2^l m / 2^31) + 2^(r - 1)) >> r)``
+    with `p` the product of the offsets, ``r = max(k, 1)`` and ``l = r - k``: half up, after a first rounding down.
+    Another code than `multiply` only where ``p f`` lies within 2^-14 of a half.
+    """
+    factor, acc = _product(a, b, a_grid, b_grid, out)
+    bits = int(factor.view(torch.int32))
+    mantissa = (bits & 0x7FFFFF | 0x800000) << 7
+    shift = 126 - (bits >> 23)
+    right = max(shift, 1)
+    high = ((acc.to(torch.int64) << (right - shift)) * mantissa) >> 31
+    return _saturate(((high + (1 << (right - 1))) >> right) + out.zero_point)
+
+
+def _product(a: Tensor, b: Tensor, a_grid: Grid, b_grid: Grid, out: Grid) -> tuple[Tensor, Tensor]:
+    """Return the ratio of the scales, float32, and the products of the offsets, int32."""
     factor = _float32(a_grid.scale) * _float32(b_grid.scale) / _float32(out.scale)
     if not SMALLEST_PRODUCT_RATIO <= float(factor) < LARGEST_RATIO:
         raise ValueError(f"the ratio of scales {float(factor)} lies outside [2^-16, 2^8)")
-    acc = (a.to(torch.int32) - a_grid.zero_point) * (b.to(torch.int32) - b_grid.zero_point)
-    return _saturate((acc.to(torch.float32) * factor).round() + out.zero_point)
+    return factor, (a.to(torch.int32) - a_grid.zero_point) * (b.to(torch.int32) - b_grid.zero_point)
 
 
 def code_of(value: float, grid: Grid) -> int:
@@ -187,6 +207,17 @@ def lookup(codes: Tensor, entries: Tensor) -> Tensor:
 def hardswish(x: Tensor) -> Tensor:
     """Return ``(x / 6) * clamp(x + 3, 0, 6)`` in float32, in the order in which tables of Hardswish are filled."""
     return (x / torch.full_like(x, 6.0)) * (x + 3.0).clamp(0.0, 6.0)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """Return ``(x / 2) * (1 + erf(x sqrt(2) / 2))``, all but the first quotient in float64, as tables have it."""
+    return ((x / 2).double() * (1 + torch.erf(x.double() * math.sqrt(2) / 2))).float()
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    """Return ``e^x / (1 + e^x)``, computed in float64; beyond 100 it is 0 or 1."""
+    power = x.double().clamp(-100, 100).exp()
+    return (power / (1 + power)).float()
 
 
 def clamp(codes: Tensor, low: int, high: int) -> Tensor:

@@ -23,8 +23,8 @@ from hadaptive_q.quant.plan import PAIRWISE, WEIGHTED, stored
 from hadaptive_q.quant.program import QuantizedProgram
 from hadaptive_q.rewrite.clamp_codes import INT8, narrow_bounds
 from hadaptive_q.rewrite.graph import (
-    ACTIVATIONS,
     CLAMPS,
+    HARDSWISH,
     add_buffer,
     aten,
     calls,
@@ -53,6 +53,14 @@ _ON_CODES = (
     arithmetic.mean_hw,
     arithmetic.clamp,
 )
+
+
+# What the entries of an element-wise function's table are made by.
+_TABLES: dict[Any, Callable[[Tensor], Tensor]] = {
+    **dict.fromkeys(HARDSWISH, arithmetic.hardswish),
+    aten.gelu.default: arithmetic.gelu,
+    aten.sigmoid.default: arithmetic.sigmoid,
+}
 
 
 @dataclass(frozen=True)
@@ -156,7 +164,7 @@ def _to_integers(graph: GraphModule) -> None:
     for dequantize in calls(graph, torch.ops.quantized_decomposed.dequantize_per_tensor.default):
         _set(dequantize, arithmetic.dequantize, dequantize.args[0], _grid(dequantize))
     graph.graph.eliminate_dead_code()
-    for node in calls(graph, aten.mean.dim, aten.conv1d.default, *ACTIVATIONS):
+    for node in calls(graph, aten.mean.dim, aten.conv1d.default, *HARDSWISH):
         _in_runtime_order(graph, node)
     finish(graph)
 
@@ -247,11 +255,11 @@ def _fuse_binary(_: GraphModule, quantize: Node, binary: Node) -> bool:
     return True
 
 
-def _fuse_hardswish(graph: GraphModule, quantize: Node, activation: Node) -> bool:
+def _fuse_table(graph: GraphModule, quantize: Node, activation: Node) -> bool:
     source = _behind(activation.args[0])
     if source is None:
         return False
-    entries = arithmetic.table(arithmetic.hardswish, source[1], _grid(quantize))
+    entries = arithmetic.table(_TABLES[activation.target], source[1], _grid(quantize))
     _set(quantize, arithmetic.lookup, source[0], add_buffer(graph, f"{quantize.name}_table", entries, quantize))
     return True
 
@@ -300,7 +308,7 @@ _FUSIONS: dict[Any, Callable[[GraphModule, Node, Node], bool]] = {
     aten.add.Tensor: _fuse_binary,
     aten.mul.Tensor: _fuse_binary,
     aten.mean.dim: _fuse_mean,
-    **dict.fromkeys(ACTIVATIONS, _fuse_hardswish),
+    **dict.fromkeys(_TABLES, _fuse_table),
     **dict.fromkeys(_COPIES, _fuse_copy),
 }
 
@@ -312,7 +320,7 @@ def _fusion(source: Node) -> Callable[[GraphModule, Node, Node], bool]:
 def _in_runtime_order(graph: GraphModule, node: Node) -> None:
     """Replace a float operator whose roundings have an order, where the runtime's is known."""
     arguments: tuple[Any, ...] = node.args
-    if node.target in ACTIVATIONS:
+    if node.target in HARDSWISH:
         _set(node, float_kernels.hardswish, arguments[0])
     elif node.target == aten.mean.dim:
         if _is_over_pixels(node):

@@ -20,7 +20,7 @@ from hadaptive_q.errors import UserError, nearest
 from hadaptive_q.quant.formats import ActivationFormat, WeightFormat
 from hadaptive_q.quant.image_grid import PIXEL_RANGE, rearranged
 from hadaptive_q.recipe import Bits, QuantizeConfig
-from hadaptive_q.rewrite.graph import ACTIVATIONS, CLAMPS, aten, constant, is_pointwise, module_path
+from hadaptive_q.rewrite.graph import ACTIVATIONS, CLAMPS, HARDSWISH, aten, constant, is_pointwise, module_path
 from hadaptive_q.rewrite.products import find_products
 
 WEIGHTED = (aten.conv2d.default, aten.linear.default)
@@ -30,8 +30,8 @@ VIEWS = (aten.flatten.using_ints, aten.dropout.default)
 STEM = "stem."
 # What takes no part in a choice of fewer bits for activations.
 FULL = ActivationFormat()
-# Hardswish is 0 from here down, exactly.
-HARDSWISH_FLOOR = -3.0
+# From here down a function's values are one: Hardswish is 0, and GELU less than half a code of any range above 0.07.
+FLOORS = {**dict.fromkeys(HARDSWISH, -3.0), aten.gelu.default: -4.0}
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,8 @@ def make_plan(graph: GraphModule, config: QuantizeConfig) -> Plan:
             plan.shared.update({tensor.name: first.name for tensor in (*rest, node)})
     owners = plan.activations.keys() - plan.shared.keys() - set(plan.shared.values())
     for node in graph.graph.nodes:
-        if node.name in owners and node.users and all(user.target in ACTIVATIONS for user in node.users):
-            plan.floors[node.name] = HARDSWISH_FLOOR
+        if node.name in owners and node.users and all(user.target in FLOORS for user in node.users):
+            plan.floors[node.name] = min(FLOORS[user.target] for user in node.users)
     (output,) = (node for node in graph.graph.nodes if node.op == "output")
     _keep_eight_bits(plan, {node.name for node in (*views, image, *output.all_input_nodes)} | scored)
     if config.input != "float32":

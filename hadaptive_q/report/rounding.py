@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from hadaptive_q.lower.parity import sqnr_db
-from hadaptive_q.quant.plan import Plan
+from hadaptive_q.quant.plan import Plan, stored
 from hadaptive_q.quant.sites import Site, bits_of
 from hadaptive_q.report.explanation import Blame, FloatIsland, RoundedTensor
 from hadaptive_q.report.record import LayerRecord
@@ -103,7 +103,7 @@ def float_islands(deploy: GraphModule, plan: Plan) -> list[FloatIsland]:
     """Return what the deploy graph computes on floats under `plan`, by layer, in the order of the data."""
     islands: dict[str, Counter[str]] = {}
     for node in deploy.graph.nodes:
-        if node.op == "call_function" and node.target not in _MOVES and node.name not in plan.activations:
+        if node.op == "call_function" and node.target not in _MOVES and stored(node).name not in plan.activations:
             operator = node.target.overloadpacket.__name__
             islands.setdefault(module_path(node) or "input", Counter())[operator] += 1
     return [FloatIsland(layer=layer, operators=dict(counts)) for layer, counts in islands.items()]

@@ -13,12 +13,14 @@ from hadaptive_q.rewrite.fold_dysoft import fold_dysoft
 from hadaptive_q.rewrite.fold_hardsigmoid import fold_hardsigmoid
 from hadaptive_q.rewrite.graph import trace
 from hadaptive_q.rewrite.merge_convolutions import merge_convolutions
+from hadaptive_q.rewrite.merge_linears import merge_linears
 from hadaptive_q.rewrite.patchify import patchify
 from hadaptive_q.rewrite.roll_pairs import roll_pairs
 from hadaptive_q.rewrite.select_by_rank import select_by_rank
 from hadaptive_q.rewrite.sink_batch_norm import sink_batch_norm
 from hadaptive_q.rewrite.sink_concat import sink_concat
 from hadaptive_q.rewrite.slice_selection import slice_selection
+from hadaptive_q.rewrite.split_convolution import split_convolution
 from hadaptive_q.rewrite.split_depthwise import split_depthwise
 
 # In this order: concatenations sink once the convolutions carry their BatchNorm; gains move, convolutions merge and
@@ -27,6 +29,8 @@ REWRITES: tuple[Callable[[GraphModule], int], ...] = (
     sink_batch_norm,
     fold_batch_norm,
     fold_hardsigmoid,
+    merge_linears,
+    split_convolution,
     sink_concat,
     merge_convolutions,
     patchify,

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 aten = torch.ops.aten
-# Element-wise activations of a layer, whatever its channels.
-ACTIVATIONS = (aten.hardswish.default, aten.hardswish_.default)
+HARDSWISH = (aten.hardswish.default, aten.hardswish_.default)
+# Element-wise functions of a layer's result, whatever its channels; as int8 tables they cost next to nothing.
+ACTIVATIONS = (*HARDSWISH, aten.gelu.default, aten.sigmoid.default)
 # Those that cut values off at bounds and change nothing between.
 _RELU, _RELU6 = (aten.relu.default, aten.relu_.default), (aten.relu6.default, aten.relu6_.default)
 CLAMPS = (*_RELU, *_RELU6, aten.hardtanh.default, aten.hardtanh_.default)

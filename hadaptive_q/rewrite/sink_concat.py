@@ -11,7 +11,7 @@ from __future__ import annotations
 from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
-from hadaptive_q.rewrite.graph import ACTIVATIONS, add_parameter, aten, calls, constant, finish, is_depthwise
+from hadaptive_q.rewrite.graph import ACTIVATIONS, HARDSWISH, add_parameter, aten, calls, constant, finish, is_depthwise
 
 
 def sink_concat(graph: GraphModule) -> int:
@@ -31,8 +31,9 @@ def _sink(graph: GraphModule, cat: Node) -> bool:
     user = next(iter(cat.users))
     nodes = [part for part in parts if isinstance(part, Node)]
     if user.target in ACTIVATIONS:
+        operator = aten.hardswish.default if user.target in HARDSWISH else user.target
         # Out of place: on the concatenation it wrote to a fresh tensor, on a part it would change other readers.
-        moved = [_repeat(graph, user, aten.hardswish.default, (part,)) for part in nodes]
+        moved = [_repeat(graph, user, operator, (part,)) for part in nodes]
     elif is_depthwise(graph, user):
         moved = _split_depthwise(graph, user, nodes)
     else:

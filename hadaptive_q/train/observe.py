@@ -17,6 +17,7 @@ from hadaptive_q.models.config import SlotOrder
 from hadaptive_q.models.network import Network
 from hadaptive_q.rewrite.graph import aten, constant, module_paths
 from hadaptive_q.rewrite.products import Product, find_products
+from hadaptive_q.train.depthwise_gradient import conv2d
 
 
 class Observed(NamedTuple):
@@ -127,6 +128,8 @@ def _with_outputs(graph: GraphModule, nodes: Sequence[Node]) -> GraphModule:
     output = wider.graph_copy(graph.graph, copied)
     for node in wider.find_nodes(op="call_function", target=aten.dropout.default):
         node.target = dropout
+    for node in wider.find_nodes(op="call_function", target=aten.conv2d.default):
+        node.target = conv2d
     first = output[0] if isinstance(output, tuple | list) else output
     wider.output((first, *(copied[node] for node in nodes)))
     return GraphModule(graph, wider)

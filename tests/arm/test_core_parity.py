@@ -7,6 +7,7 @@ Where it follows the image, scores are float32 and sums may be taken in another 
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from hadaptive_q.lower.runtime import PteFile
 from hadaptive_q.models.config import Preprocess
 from hadaptive_q.models.families import create_model
 from hadaptive_q.models.hadaptive_net import HadaptiveNet
+from hadaptive_q.models.network import Network
 from hadaptive_q.quant.backends import torchao_pt2e as backend
 from hadaptive_q.quant.plan import make_plan
 from hadaptive_q.quant.program import QuantizedProgram, export_graph
@@ -44,7 +46,7 @@ class Shipped:
     outputs: Tensor
 
 
-def quantized(model: HadaptiveNet, inputs: Tensor) -> QuantizedProgram:
+def quantized(model: Network, inputs: Tensor) -> QuantizedProgram:
     graph = deploy_graph(model, inputs.shape[-1])
     prepared = backend.prepare(graph, make_plan(graph, QuantizeConfig()), "minmax")
     classes = tuple(str(label) for label in range(10))
@@ -91,6 +93,35 @@ def test_static_selection_is_the_same_bit_for_bit(core: str, name: str, request:
     found = run_on(file.path, core, file.inputs)
     differing = int((found != file.outputs.numpy()).sum())
     assert differing == 0, f"{name} on {core}: {differing} of {found.size} logits are not this machine's"
+
+
+@pytest.fixture(scope="module")
+def product_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Shipped]:
+    """Return a function that gives the file of a family's nano network, which multiplies activations in int8."""
+
+    @functools.cache
+    def make(family: str) -> Shipped:
+        torch.manual_seed(0)
+        model, inputs = create_model(f"{family}_nano", 10), torch.randn(8, 3, 32, 32)
+        with torch.no_grad():
+            model.train()(inputs)  # running statistics that belong to the weights
+        lowered = lower(quantized(model.eval(), inputs).export())
+        assert lowered.coverage.fp32_ops == (), "integers alone are the same everywhere"
+        assert "multiply" in lowered.coverage.int8_ops
+        return static_file(lowered, inputs, tmp_path_factory.mktemp(family) / "nano.pte")
+
+    return make
+
+
+@pytest.mark.usefixtures("emulator")
+@pytest.mark.parametrize("core", CORES)
+@pytest.mark.parametrize("family", ["mobilenet_v3", "rcvit", "starnet"])
+def test_products_are_the_same_bit_for_bit(family: str, core: str, product_file: Callable[[str], Shipped]) -> None:
+    file = product_file(family)
+    assert len(file.outputs.unique()) > len(file.outputs), "the answers do not depend on the image"
+    found = run_on(file.path, core, file.inputs)
+    differing = int((found != file.outputs.numpy()).sum())
+    assert differing == 0, f"{family} on {core}: {differing} of {found.size} logits are not this machine's"
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
-"""Hardswish stays on codes inside the delegate, and the stock runtime computes it to within one code."""
+"""Element-wise functions stay on codes inside the delegate; the stock runtime computes them to within one code."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
@@ -18,18 +19,21 @@ from hadaptive_q.rewrite.graph import trace
 
 
 class ConvAct(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, act: nn.Module) -> None:
         super().__init__()
-        self.first, self.act, self.second = nn.Conv2d(3, 8, 3), nn.Hardswish(), nn.Conv2d(8, 4, 1)
+        self.first, self.act, self.second = nn.Conv2d(3, 8, 3), act, nn.Conv2d(8, 4, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = self.second(self.act(self.first(x)))
         return out
 
 
-def test_hardswish_is_int8_in_the_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("act", "name"), [(nn.Hardswish(), "hardswish"), (nn.GELU(), "gelu"), (nn.Sigmoid(), "sigmoid")]
+)
+def test_functions_are_int8_in_the_file(act: nn.Module, name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    graph = trace(ConvAct(), 8)
+    graph = trace(ConvAct(act), 8)
     inputs = torch.randn(16, 3, 8, 8)
     prepared = backend.prepare(graph, make_plan(graph, QuantizeConfig()), "minmax")
     calibrated = backend.calibrate(prepared, [inputs])
@@ -38,9 +42,8 @@ def test_hardswish_is_int8_in_the_file(tmp_path: Path) -> None:
 
     lowered = lower(program.export())
     assert lowered.coverage.delegates == 1
-    assert "hardswish" not in lowered.coverage.fp32_ops
-    assert "conv2d" not in lowered.coverage.fp32_ops
-    assert "hardswish" in lowered.coverage.int8_ops
+    assert lowered.coverage.fp32_ops == ()
+    assert name in lowered.coverage.int8_ops
 
     (tmp_path / "act.pte").write_bytes(lowered.data)
     file = PteFile(tmp_path / "act.pte")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -156,13 +157,20 @@ def test_additions_out_of_range_are_refused() -> None:
             arithmetic.add(codes, codes, Grid(ratio, 0), Grid(1.0, 0), Grid(1.0, 0))
 
 
-class Hardswish(nn.Module):
-    def __init__(self, source: Grid, out: Grid) -> None:
+class Table(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor], source: Grid, out: Grid) -> None:
         super().__init__()
-        self.source, self.out = source, out
+        self.function, self.source, self.out = function, source, out
 
     def forward(self, x: Tensor) -> Tensor:
-        return through(F.hardswish(through(x, self.source)), self.out)
+        return through(self.function(through(x, self.source)), self.out)
+
+
+FUNCTIONS = [
+    (F.hardswish, arithmetic.hardswish),
+    (F.gelu, arithmetic.gelu),
+    (torch.sigmoid, arithmetic.sigmoid),
+]
 
 
 TABLES = [
@@ -178,13 +186,56 @@ def test_additions_of_all_pairs_of_codes_and_tables(tmp_path: Path) -> None:
     first, second = EVERY.repeat_interleave(256), EVERY.repeat(256)
     pairs = [torch.stack((arithmetic.dequantize(first, a), arithmetic.dequantize(second, b))) for a, b, _ in ADDITIONS]
     inputs = [x.reshape(1, 2, 256, 256) for x in pairs]
-    inputs += [arithmetic.dequantize(EVERY, source).reshape(1, 4, 8, 8) for source, _ in TABLES]
-    parts = [*(Add(*grids) for grids in ADDITIONS), *(Hardswish(*grids) for grids in TABLES)]
+    parts: list[nn.Module] = [Add(*grids) for grids in ADDITIONS]
     wanted = [(arithmetic.add(first, second, *grids), grids[-1]) for grids in ADDITIONS]
-    tables = [arithmetic.table(arithmetic.hardswish, *grids) for grids in TABLES]
-    wanted += [(arithmetic.lookup(EVERY, entries), out) for entries, (_, out) in zip(tables, TABLES, strict=True)]
+    for (operator, function), (source, out) in itertools.product(FUNCTIONS, TABLES):
+        inputs.append(arithmetic.dequantize(EVERY, source).reshape(1, 4, 8, 8))
+        parts.append(Table(operator, source, out))
+        wanted.append((arithmetic.lookup(EVERY, arithmetic.table(function, source, out)), out))
     for (codes, out), found in zip(wanted, run(tmp_path / "file.pte", parts, inputs), strict=True):
         assert torch.equal(arithmetic.dequantize(codes, out), found[0]), out
+
+
+class Multiply(Add):
+    def forward(self, x: Tensor) -> Tensor:
+        a, b, out = self.grids
+        return through(through(x[:, :1], a) * through(x[:, 1:], b), out)
+
+
+MULTIPLICATIONS = [
+    (Grid(0.05, 3), Grid(0.07, -20), Grid(0.2, -5)),
+    (Grid(0.031, -128), Grid(1 / 255, -128), Grid(0.03, 0)),  # a gate from 0 to 1
+    (Grid(0.5, 0), Grid(0.25, 0), Grid(0.25, 0)),  # half of the results are ties
+    (Grid(0.5, 7), Grid(0.25, -9), Grid(0.25, 1)),
+    (Grid(0.001, 127), Grid(0.002, -128), Grid(0.1, 7)),  # close to the smallest ratio, hardly two codes
+    (Grid(0.9, 10), Grid(0.8, -10), Grid(0.01, 7)),  # nearly everything is clipped
+]
+
+
+def test_multiplications_of_all_pairs_of_codes(tmp_path: Path) -> None:
+    first, second = EVERY.repeat_interleave(256), EVERY.repeat(256)
+    pairs = [
+        torch.stack((arithmetic.dequantize(first, a), arithmetic.dequantize(second, b))) for a, b, _ in MULTIPLICATIONS
+    ]
+    inputs = [x.reshape(1, 2, 256, 256) for x in pairs]
+    parts = [Multiply(*grids) for grids in MULTIPLICATIONS]
+    for grids, found in zip(MULTIPLICATIONS, run(tmp_path / "file.pte", list(parts), inputs), strict=True):
+        assert torch.equal(arithmetic.dequantize(arithmetic.multiply(first, second, *grids), grids[-1]), found[0]), (
+            grids
+        )
+
+
+def test_ties_of_a_multiplication_round_to_even() -> None:
+    half, one = Grid(0.5, 0), Grid(1.0, 0)
+    odd = torch.tensor([-3, -1, 1, 3], dtype=torch.int8)
+    assert arithmetic.multiply(odd, torch.ones_like(odd), half, one, one).tolist() == [-2, 0, 0, 2]
+
+
+def test_multiplications_out_of_range_are_refused() -> None:
+    codes = torch.zeros(1, dtype=torch.int8)
+    for ratio in (2.0**-17, 2.0**8):
+        with pytest.raises(ValueError, match="outside"):
+            arithmetic.multiply(codes, codes, Grid(ratio, 0), Grid(1.0, 0), Grid(1.0, 0))
 
 
 class Float(nn.Module):

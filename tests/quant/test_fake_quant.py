@@ -88,6 +88,29 @@ def test_the_gradient_passes_inside_the_range_and_stops_outside() -> None:
     assert quantizer.scale.grad is None
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("zero_point", [0, -128, 7])
+@pytest.mark.parametrize("learned", [False, True])
+def test_the_gradient_stops_where_torchs_does(dtype: torch.dtype, zero_point: int, learned: bool) -> None:
+    quantizer = calibrated(torch.tensor([-1.0, 1.0]))
+    quantizer.scale.data.fill_(0.5)
+    quantizer.zero_point.fill_(zero_point)
+    quantizer.learn(learned)
+    steps = torch.arange(-600, 600).to(dtype) / 8  # also the edges and ties, both beyond and within them
+    weights = torch.linspace(-2, 2, len(steps)).to(dtype)
+    gradients = []
+    for operator in (quantizer, lambda x: torch.fake_quantize_per_tensor_affine(x, 0.5, zero_point, LOW, HIGH)):
+        x = steps.clone().requires_grad_()
+        out = operator(x)
+        assert out.dtype == dtype
+        (gradient,) = torch.autograd.grad(out, x, weights)
+        gradients.append(gradient)
+        assert not out[out == 0].signbit().any(), "a code has no sign of zero"
+    assert torch.equal(*gradients)
+    assert (gradients[0] == 0).any()
+    assert (gradients[0] != 0).any()
+
+
 def reference(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     """LSQ by autograd alone: rounding passes gradients straight through, everything else is ordinary."""
     ratio = x / scale

@@ -40,6 +40,7 @@ from hadaptive_q.quant.live_batch_norm import refold_batch_norm, unfold_batch_no
 from hadaptive_q.quant.observers import ObserverName, RangeName
 from hadaptive_q.quant.outliers import drop_outliers
 from hadaptive_q.quant.plan import WEIGHTED, Plan
+from hadaptive_q.quant.portable_products import settle_products
 from hadaptive_q.quant.program import QuantizedProgram
 from hadaptive_q.rewrite.drop_no_ops import drop_no_ops
 from hadaptive_q.rewrite.graph import calls, constant, module_path, set_dropout
@@ -171,6 +172,7 @@ def calibrate(prepared: Prepared, batches: Iterable[Tensor]) -> Calibrated:
         if _few_bits(weights):
             # With few codes, rounding and training choose weights for the scale they have.
             weights.hold(weights.calculate_qparams()[0])
+    settle_products(prepared.graph)
     snap_biases(prepared.graph)
     return Calibrated(prepared.graph, prepared.plan)
 
@@ -248,6 +250,7 @@ def end_fit(calibrated: Calibrated) -> None:
     refold_batch_norm(calibrated.graph)
     freeze_ranges(calibrated)
     set_dropout(calibrated.graph, active=False)
+    settle_products(calibrated.graph)
     snap_biases(calibrated.graph)
 
 
