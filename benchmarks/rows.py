@@ -18,6 +18,7 @@ from hadaptive_q.atomic import output_folder, write_bytes, write_text
 from hadaptive_q.data.calibration import batches, find_manifest, resolve
 from hadaptive_q.data.datasets import ImageData
 from hadaptive_q.data.sources import open_data
+from hadaptive_q.finished import find_finished
 from hadaptive_q.lower.parity import agreement, compare, sqnr_db, top1
 from hadaptive_q.lower.runtime import PteFile
 from hadaptive_q.models.checkpoint import load_model
@@ -34,11 +35,8 @@ Row = dict[str, Any]
 
 
 def run(recipe: Recipe, folder: Path, checkpoint: Path | None) -> Row:
-    """Return the figures of `recipe`, run into `folder` unless that very recipe already was."""
-    report = folder / "report.json"
-    if not report.is_file() or Report.model_validate_json(report.read_text()).recipe_digest != recipe.digest():
-        quantize(recipe, folder, checkpoint)
-    return _shown(_from_report(Report.model_validate_json(report.read_text())))
+    """Return the figures of `recipe`, run into `folder` unless that very run is there."""
+    return _shown(_from_report(find_finished(recipe, folder, checkpoint) or quantize(recipe, folder, checkpoint)))
 
 
 def _from_report(report: Report) -> Row:

@@ -21,6 +21,8 @@ ENTRY_POINTS = {
     "pipeline": ("train_float", "quantize"),
     "evaluate": ("evaluate_file",),
     "bench": ("bench_files",),
+    "candidates": ("find_candidates",),
+    "compare": ("compare",),
     "explain": ("explain", "write_explanation"),
     "search": ("Goal", "search"),
     "export": ("export_run",),

@@ -84,9 +84,14 @@ def output_folder(path: Path) -> Iterator[Path]:
 
 def clear(path: Path) -> None:
     """Remove what this process, which ends now, has half-written in the folder `path` that it holds."""
-    if (path / LOCK).is_file() and (path / LOCK).read_text() == str(os.getpid()):
+    if holds(path):
         _remove_parts(path)
         (path / LOCK).unlink()
+
+
+def holds(path: Path) -> bool:
+    """Return whether this process is the writer of the folder `path`."""
+    return (path / LOCK).is_file() and (path / LOCK).read_text() == str(os.getpid())
 
 
 def _remove_parts(path: Path) -> None:

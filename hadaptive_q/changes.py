@@ -50,6 +50,12 @@ def layer_changes(now: Baseline, before: Baseline) -> list[LayerChange]:
     return sorted(found, key=lambda change: -change.weight)
 
 
+def float_drop(report: Report) -> Drop:
+    """Return what the file of a run loses against float, image by image."""
+    assert report.answers is not None
+    return Drop(report.answers.lost, report.answers.won, report.accuracy.samples)
+
+
 def paired_drop(now: Baseline, before: Baseline) -> Drop:
     """Return what the file now loses against the baseline's, image by image."""
     was, is_ = (unpack(each.right, each.samples) for each in (before, now))

@@ -14,6 +14,7 @@ import typer
 from hadaptive_q import options as given
 from hadaptive_q import processes
 from hadaptive_q.arm.cores import find_core
+from hadaptive_q.cli_compare import compared
 from hadaptive_q.cli_share import share
 from hadaptive_q.errors import UserError, nearest
 from hadaptive_q.examples import epilog
@@ -60,8 +61,7 @@ def _quantizing(
 
 
 def _folder(recipe: Recipe, out: Path | None) -> Path:
-    source = recipe.data.removeprefix("hf:").removeprefix("hf-stream:").partition("#")[0]
-    return out or Path("runs") / f"{recipe.name}-{Path(source).stem}"
+    return out or given.default_folder(recipe.name, recipe.data)
 
 
 @app.command()
@@ -393,7 +393,7 @@ def doctor(
         raise typer.Exit(1)
 
 
-app.registered_commands += share.registered_commands
+app.registered_commands += compared.registered_commands + share.registered_commands
 for _command in app.registered_commands:
     assert _command.callback
     _command.epilog = epilog(_command.name or _command.callback.__name__)

@@ -25,6 +25,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "check runs/mine --budget 'accuracy.drop <= 0.5' --budget 'coverage.delegates == 1'",
         "check runs/mine --baseline gate.json --strict",
     ),
+    "compare": (
+        "compare hadaptive_net_s mobilenet_v3_small starnet_s1 --data glyphs --out runs/compared",
+        "compare trained.safetensors runs/mine --data path/to/images --recipe int8_ptq --recipe trained=int4_ptq",
+    ),
     "verify": ("verify runs/mine", "verify runs/mine/model.pte --json"),
     "explain": ("explain runs/mine", "explain runs/mine --layer blocks.3.expansion --samples 256"),
     "search": (

@@ -12,7 +12,7 @@ from typing import NoReturn, TypeVar
 
 from rich.console import Console
 
-from hadaptive_q.atomic import clear
+from hadaptive_q.atomic import clear, holds
 from hadaptive_q.errors import UserError
 
 Result = TypeVar("Result")
@@ -39,11 +39,14 @@ def resumable(step: Callable[[], Result], folder: Path) -> Result:
 def _ended_by_interrupt(folder: Path) -> Iterator[None]:
     def end(*_: object) -> NoReturn:
         # Not by an exception: where torch's tracer calls Python from C++ that cannot unwind, one aborts the process.
-        clear(folder)
+        # Where a step makes run after run in folders of their own, the one at work keeps something.
+        inner = next(filter(holds, folder.glob("*/")), folder)
+        for held in (inner, folder):
+            clear(held)
         Console(stderr=True).show_cursor()  # a progress bar hides it
         line = "\n" if sys.stderr.isatty() else ""  # behind that bar
-        kept = ", ".join(name for name in KEPT if (folder / name).is_file()) or "nothing yet"
-        line += f"hadaptive-q: interrupted; {folder} keeps {kept}; the same command goes on from there"
+        kept = ", ".join(name for name in KEPT if (inner / name).is_file()) or "nothing yet"
+        line += f"hadaptive-q: interrupted; {inner} keeps {kept}; the same command goes on from there"
         print(line, file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(130)

@@ -14,14 +14,16 @@ from hadaptive_q.arm.cores import CORES
 from hadaptive_q.errors import UserError
 from hadaptive_q.lower.file_formats import FORMATS
 from hadaptive_q.models.config import INPUTS, MODELS
-from hadaptive_q.recipe import Recipe, load_recipe, shipped
+from hadaptive_q.recipe import QUANTIZING, Recipe, load_recipe, shipped
 
 _CHECKPOINTS = (".safetensors", ".pt")
 
 
 def complete_recipe(context: typer.Context, incomplete: str) -> list[str]:
     """Shipped recipes that the command runs, and recipe files."""
-    names = [name for name in shipped("recipes") if context.info_name in (load_recipe(name).task, "search")]
+    command = context.info_name or ""
+    tasks = {"search": ("train", *QUANTIZING), "compare": QUANTIZING}.get(command, (command,))
+    names = [name for name in shipped("recipes") if load_recipe(name).task in tasks]
     return [*_starting(names, incomplete), *_paths(incomplete, ".yaml", ".yml")]
 
 
@@ -87,6 +89,12 @@ def _paths(incomplete: str, *suffixes: str) -> list[str]:
     return [f"{path}/" if path.is_dir() else str(path) for path in found if path.is_dir() or path.suffix in suffixes]
 
 
+def default_folder(name: str, data: str) -> Path:
+    """Return where the results of `name` on `data` go where nothing else is asked for."""
+    source = data.removeprefix("hf:").removeprefix("hf-stream:").partition("#")[0]
+    return Path("runs") / f"{name}-{Path(source).stem}"
+
+
 def parse_size(text: str) -> int:
     """Return the number of bytes that `text` means, with decimal prefixes."""
     found = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*([kMG]?)B?", text.strip())
@@ -112,12 +120,26 @@ SomeData = Annotated[
 ARecipe = Annotated[
     str, typer.Option(help="A shipped recipe for this command, or a YAML file.", autocompletion=complete_recipe)
 ]
+RecipePerModel = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--recipe",
+        help="A recipe for all, int8 unless given, or NAME=RECIPE for one model; repeatable.",
+        autocompletion=complete_recipe,
+    ),
+]
 BaseRecipe = Annotated[
     str | None, typer.Option(help="All but the bits: a run's own, else int4_ptq.", autocompletion=complete_recipe)
 ]
 Model = Annotated[str | None, typer.Option(help=f"One of {', '.join(MODELS)}.", autocompletion=complete_model)]
 ModelOrFile = Annotated[
     str, typer.Argument(help="A variant's name or a checkpoint.", autocompletion=complete_model_or_file)
+]
+ModelsOrRuns = Annotated[
+    list[str],
+    typer.Argument(
+        help="Variants' names, float checkpoints, folders of finished runs.", autocompletion=complete_model_or_file
+    ),
 ]
 Cores = Annotated[
     list[str] | None,

@@ -29,6 +29,8 @@ BackendName = Literal["torchao", "brevitas"]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 ImageSize = Annotated[int, Field(gt=0, le=4096)]
 LAYER_KEYS = "quantize.layers."
+# The tasks whose runs write files.
+QUANTIZING = ("ptq", "qat")
 
 
 # Fields that came later are left out where they have no effect (`exclude_if`): a recipe keeps the digest it had.

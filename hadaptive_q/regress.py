@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from hadaptive_q.arm.count import count_instructions
 from hadaptive_q.baseline import leaves, make_baseline, read_baseline
-from hadaptive_q.changes import FLIP_RISE, GAIN_CHANGE, SQNR_FALL, change_figures, guilty, paired_drop
+from hadaptive_q.changes import FLIP_RISE, GAIN_CHANGE, SQNR_FALL, change_figures, float_drop, guilty, paired_drop
 from hadaptive_q.errors import UserError, nearest
 from hadaptive_q.report.record import Report, read_report
 from hadaptive_q.significance import Drop, needed_samples
@@ -132,7 +132,7 @@ def hold(
     report = read_report(run)
     wanted = parse_budgets(budgets)
     known = figures(report)
-    drops = {} if report.answers is None else {"accuracy.drop": _drop(report)}
+    drops = {} if report.answers is None else {"accuracy.drop": float_drop(report)}
     blamed: list[str] = []
     if baseline is not None:
         now = make_baseline(report, f"run {run}")
@@ -224,11 +224,6 @@ def _held(budget: Budget, known: Mapping[str, float], drop: Drop | None) -> Held
     at_least = "more than there are" if needed is None else f"at least {needed}"
     note += f"; {drop.samples:.0f} images cannot tell {budget.limit:g} points, {at_least} needed"
     return Held(budget.text, budget.key, figure, "undecided" if kept else "broken", note)
-
-
-def _drop(report: Report) -> Drop:
-    assert report.answers is not None
-    return Drop(report.answers.lost, report.answers.won, report.accuracy.samples)
 
 
 def _instruction_ratio(run: Path) -> float:

@@ -53,7 +53,7 @@ def open_run(folder: Path) -> FinishedRun:
 
     Raises UserError where `folder` is not a finished run, a file of it is broken, or its data is not what it was.
     """
-    _check_files(folder, FILES)
+    check_files(folder, FILES)
     recipe = _recipe(folder)
     report = read_report(folder)
     model = load_model(folder / "float.safetensors")
@@ -68,7 +68,7 @@ def open_program(folder: Path) -> QuantizedProgram:
 
     Raises UserError where a file it is made of is missing or broken.
     """
-    _check_files(folder, PROGRAM_FILES)
+    check_files(folder, PROGRAM_FILES)
     recipe, model = _recipe(folder), load_model(folder / "float.safetensors")
     if model.preprocess is None:
         raise UserError(f"{folder / 'float.json'}, preprocess", "nothing", "how images are prepared", "run it again")
@@ -92,7 +92,8 @@ def _rebuild(
     return preprocess, model, deploy, calibrated
 
 
-def _check_files(folder: Path, names: tuple[str, ...]) -> None:
+def check_files(folder: Path, names: tuple[str, ...]) -> None:
+    """Raise UserError unless the files `names` of a run are in `folder`."""
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         found = f"no {', '.join(missing)}" if folder.is_dir() else "no such folder"
@@ -105,7 +106,7 @@ def _check_files(folder: Path, names: tuple[str, ...]) -> None:
 
 
 def _freeze(model: Network, path: Path) -> None:
-    _check_files(path.parent, (path.name,))
+    check_files(path.parent, (path.name,))
     try:
         chosen = json.loads(path.read_text(encoding="utf-8"))
         for name, module in model.ach_modules():

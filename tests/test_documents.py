@@ -35,9 +35,10 @@ def check_command(line: str) -> None:
         assert words.pop(1) in {option for parameter in GROUP.params for option in parameter.opts}, line
     name = words[1]
     values = GROUP.commands[name].make_context(name, words[2:], parent=click.Context(GROUP)).params
-    if values.get("recipe"):
-        recipe = load_recipe(values["recipe"], values.get("set_"))
-        assert name in (recipe.task, "search"), line
+    named = values.get("recipe") or []
+    for recipe in [named] if isinstance(named, str) else named:
+        task = load_recipe(recipe.rpartition("=")[2], values.get("set_")).task
+        assert name in (task, "search", "compare"), line
     cores = values.get("core") or []
     assert {cores} <= CORES.keys() if isinstance(cores, str) else set(cores) <= CORES.keys(), line
     assert set((values.get("to") or "pte").split(",")) <= FORMATS.keys(), line

@@ -147,13 +147,22 @@ def test_two_processes_write_the_same_bytes(images: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("kept", "said"), [([], "nothing yet"), (["float.safetensors", "qat.state"], "float.safetensors, qat.state")]
 )
+@pytest.mark.parametrize(("command", "run"), [(["qat"], "."), (["--quiet", "compare", "starnet_nano"], "starnet_nano")])
 def test_control_c_says_what_is_kept(
-    kept: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    kept: list[str],
+    said: str,
+    command: list[str],
+    run: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
+    folder = tmp_path / run
+
     def interrupted(*_: object) -> None:
         for name in kept:
-            (tmp_path / name).touch()
-        with atomic.replacing(tmp_path / "model.pte"):
+            (folder / name).touch()
+        with atomic.replacing(folder / "model.pte"):
             with contextlib.suppress(Exception):  # as from C++ that cannot pass an exception on
                 os.kill(os.getpid(), signal.SIGINT)
             pytest.fail("went on")
@@ -161,7 +170,7 @@ def test_control_c_says_what_is_kept(
     # A job in the background is born deaf to Ctrl-C; these tests may be one.
     deaf = signal.signal(signal.SIGINT, signal.default_int_handler)
     monkeypatch.setattr(pipeline, "_quantize", interrupted)
-    monkeypatch.setattr(sys, "argv", ["hadaptive-q", "qat", "--out", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["hadaptive-q", *command, "--out", str(tmp_path)])
     monkeypatch.setattr(os, "_exit", sys.exit)
     try:
         with pytest.raises(SystemExit) as ended:
@@ -169,6 +178,7 @@ def test_control_c_says_what_is_kept(
     finally:
         signal.signal(signal.SIGINT, deaf)
     assert ended.value.code == 130
-    wanted = f"hadaptive-q: interrupted; {tmp_path} keeps {said}; the same command goes on from there\n"
+    wanted = f"hadaptive-q: interrupted; {folder} keeps {said}; the same command goes on from there\n"
     assert capfd.readouterr().err == wanted
-    assert {path.name for path in tmp_path.iterdir()} == set(kept)
+    assert {path.name for path in folder.iterdir()} == set(kept)
+    assert not any(tmp_path.rglob(f"*{atomic.LOCK}"))

@@ -16,12 +16,17 @@ def record_answers(images: str, labels: Sequence[int], float_right: ArrayLike, p
     """Return the record of both networks' right answers, booleans `(N,)`; `images` is a digest of the images."""
     before, after = (np.asarray(right, dtype=bool) for right in (float_right, pte_right))
     return Answers(
-        split=f"sha256:{hashlib.sha256(f'{images} {list(labels)}'.encode()).hexdigest()}",
+        split=split_digest(images, labels),
         float_right=pack(before),
         pte_right=pack(after),
         lost=int((before & ~after).sum()),
         won=int((~before & after).sum()),
     )
+
+
+def split_digest(images: str, labels: Sequence[int]) -> str:
+    """Return the digest by which two runs know that they answered the same images; `images` is one of their own."""
+    return f"sha256:{hashlib.sha256(f'{images} {list(labels)}'.encode()).hexdigest()}"
 
 
 def pack(right: NDArray[np.bool_]) -> str:

@@ -78,7 +78,7 @@ def _tensors(tensors: Sequence[RoundedTensor], rest: Sequence[RoundedTensor], se
         " values beyond the codes, in %. Low and high: in float. Activations are int8 per tensor; weights int8 per"
         " output channel, symmetric, shown with their largest scale."
     )
-    lines = [text, *_aligned(table)]
+    lines = [text, *aligned(table)]
     if rest:
         lines.append(
             f"{len(rest)} more, each at most {100 * rest[0].blame.share:.1f} %: --layer NAME or --json shows them"
@@ -111,7 +111,7 @@ def _ach(achs: Sequence[AchExplanation]) -> str:
         " error of the scores, in spreads of the scores; temperature, DySoft's slope and the norm's largest bias in"
         " the float network."
     )
-    return "\n".join([text, *_aligned([head, *rows])])
+    return "\n".join([text, *aligned([head, *rows])])
 
 
 def _islands(islands: Sequence[FloatIsland]) -> str:
@@ -126,7 +126,7 @@ def _filled(text: str) -> str:
     return "\n".join(textwrap.wrap(text, WIDTH))
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Return `rows` with every column but the last, a name, right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []

@@ -29,7 +29,8 @@ def plots(report: Report, explanation: Explanation | None = None) -> dict[str, s
     return drawn | ({"blame": _blame(explanation)} if explanation else {})
 
 
-def _svg(figure: Figure) -> str:
+def svg(figure: Figure) -> str:
+    """Return `figure` as one `<svg>` element that fits its page."""
     buffer = io.StringIO()
     # No date and a fixed salt for identifiers: the same report gives the same bytes.
     with rc_context({"svg.hashsalt": "hadaptive-q"}):
@@ -38,12 +39,13 @@ def _svg(figure: Figure) -> str:
     return re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text[text.index("<svg") :], count=1)
 
 
-def _figure(height: float) -> Figure:
+def blank(height: float) -> Figure:
+    """Return a figure as wide as a page and so many inches high."""
     return Figure(figsize=(WIDTH, height), layout="constrained")
 
 
 def _summary(report: Report) -> str:
-    figure = _figure(2.4)
+    figure = blank(2.4)
     size, latency, accuracy = report.size, report.latency, report.accuracy
     panels = (
         ("Top-1, %", accuracy.float_top1, accuracy.pte_top1, "{:.2f}"),
@@ -58,11 +60,11 @@ def _summary(report: Report) -> str:
         axis.invert_yaxis()
         axis.xaxis.set_visible(False)
         axis.spines[["top", "right", "bottom"]].set_visible(False)
-    return _svg(figure)
+    return svg(figure)
 
 
 def _layers(layers: list[LayerRecord]) -> str:
-    figure = _figure(3.4)
+    figure = blank(3.4)
     axis = figure.subplots()
     values = [layer.sqnr_db if math.isfinite(layer.sqnr_db) else math.nan for layer in layers]
     colors = [WARM if value < 10 else INT8_COLOR for value in values]
@@ -76,7 +78,7 @@ def _layers(layers: list[LayerRecord]) -> str:
     axis.grid(axis="y", color=GRID)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
-    return _svg(figure)
+    return svg(figure)
 
 
 def _block(origin: str) -> str:
@@ -84,7 +86,7 @@ def _block(origin: str) -> str:
 
 
 def _ranges(report: Report) -> str:
-    figure = _figure(3.0)
+    figure = blank(3.0)
     axis = figure.subplots()
     series = (
         ("X~", [a.mixed_max for a in report.ach], FLOAT_COLOR),
@@ -101,7 +103,7 @@ def _ranges(report: Report) -> str:
     axis.set_title("Range of X~, of the products, and of the products after their norm", fontsize=10, loc="left")
     axis.legend(fontsize=8, frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.8, 1.0))
     axis.spines[["top", "right"]].set_visible(False)
-    return _svg(figure)
+    return svg(figure)
 
 
 def _blame(explanation: Explanation) -> str:
@@ -111,7 +113,7 @@ def _blame(explanation: Explanation) -> str:
         # On an axis of its own: next to the noise of swapped channels it may be a hairline.
         panels.append(("Selections held, %", [100 * t.blame.held_share for t in tensors], INT8_COLOR, "{:.2f}"))
     panels.append(("Gained without it, dB", [t.blame.gained_db for t in tensors], WARM, "{:+.2f}"))
-    figure = _figure(0.7 + 0.24 * len(tensors))
+    figure = blank(0.7 + 0.24 * len(tensors))
     axes = figure.subplots(1, len(panels), sharey=True)
     for axis, (title, values, color, form) in zip(axes, panels, strict=True):
         axis.bar_label(axis.barh(range(len(values)), values, color=color, height=0.7), fmt=form, fontsize=7, padding=3)
@@ -126,12 +128,12 @@ def _blame(explanation: Explanation) -> str:
         axis.spines[["top", "right", "left"]].set_visible(False)
     axes[0].set_yticks(range(len(tensors)), [tensor_label(tensor) for tensor in tensors], fontsize=7)
     axes[0].set_ylim(len(tensors) - 0.5, -0.5)
-    return _svg(figure)
+    return svg(figure)
 
 
 def pareto_png(record: SearchRecord) -> bytes:
     """Return a PNG of what every file size costs: noise, accuracy and instructions, predicted and as measured."""
-    figure = _figure(8.0)
+    figure = blank(8.0)
     axes = figure.subplots(3, 1, sharex=True)
     for draw, axis in zip((_noise, _accuracy, _instructions), axes, strict=True):
         draw(axis, record)

@@ -1,4 +1,4 @@
-"""`report.md` and `report.html` from the record."""
+"""The pages of a run and of a comparison from their records."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from hadaptive_q.atomic import write_text
+from hadaptive_q.report.comparison import Comparison, costs, fronts
 from hadaptive_q.report.explanation import Explanation
+from hadaptive_q.report.front_plot import front_plot
 from hadaptive_q.report.listing import tensor_label
 from hadaptive_q.report.plots import plots
 from hadaptive_q.report.record import Report
@@ -38,6 +40,21 @@ def write_report_pages(report: Report, folder: Path, explanation: Explanation | 
     write_text(folder / "report.md", environment.get_template("report.md.j2").render(shown))
     page = environment.get_template("report.html.j2").render(shown, plots=plots(report, explanation))
     write_text(folder / "report.html", page)
+
+
+def write_comparison_pages(record: Comparison, folder: Path) -> None:
+    """Write `compare.md` and `compare.html` of `record` into `folder`."""
+    labels = {"instructions": f"million instructions on {record.core}", "bytes": "file, MB"}
+    drawn = {kind: front_plot(record.models, cost, labels[kind]) for kind, cost in costs(record).items()}
+    shown = {
+        "record": record,
+        "counted": not record.instructions_absent,
+        "fronts": fronts(record),
+        "plots": drawn,
+    }
+    environment = pages()
+    for name in ("compare.md", "compare.html"):
+        write_text(folder / name, environment.get_template(f"{name}.j2").render(shown))
 
 
 def _counted(names: list[str]) -> str:
