@@ -100,3 +100,17 @@ class Head(nn.Module):
         x = x.mean((-1, -2), keepdim=True).flatten(1)
         out: Tensor = self.classifier(self.dropout(self.act(self.hidden(x))))
         return out
+
+
+class NormHead(nn.Module):
+    """BatchNorm, global average pool, Linear: `(B, C, H, W) -> (B, classes)`."""
+
+    def __init__(self, channels: int, classes: int) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm2d(channels)
+        self.classifier = nn.Linear(channels, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Kept dimensions and (-1, -2) in this order: the form of the mean that XNNPACK takes.
+        out: Tensor = self.classifier(self.bn(x).mean((-1, -2), keepdim=True).flatten(1))
+        return out

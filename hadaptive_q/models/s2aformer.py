@@ -22,10 +22,9 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hadaptive_q.models.blocks import Convolution
+from hadaptive_q.models.blocks import Convolution, NormHead
 from hadaptive_q.models.config import NetworkConfig, StageConfig
 from hadaptive_q.models.network import Family, Network
-from hadaptive_q.models.starnet import Head
 
 Activation = Literal["gelu", "hardswish", "relu"]
 ACTIVATIONS: dict[Activation, type[nn.Module]] = {"gelu": nn.GELU, "hardswish": nn.Hardswish, "relu": nn.ReLU}
@@ -170,7 +169,7 @@ class S2AFormer(Network):
             channels = stage.channels
             blocks += [HybridBlock(config, stage) for _ in range(stage.depth)]
         self.blocks = nn.Sequential(*blocks)
-        self.head = Head(channels, config.num_classes)
+        self.head = NormHead(channels, config.num_classes)
         self.apply(_initialise)
 
     def forward(self, x: Tensor) -> Tensor:

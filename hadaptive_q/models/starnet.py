@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from hadaptive_q.models.blocks import Convolution
+from hadaptive_q.models.blocks import Convolution, NormHead
 from hadaptive_q.models.config import NetworkConfig, StageConfig
 from hadaptive_q.models.network import Family, Network
 
@@ -56,20 +56,6 @@ class StarBlock(nn.Module):
         return out
 
 
-class Head(nn.Module):
-    """BatchNorm, global average pool, Linear: `(B, C, H, W) -> (B, classes)`."""
-
-    def __init__(self, channels: int, classes: int) -> None:
-        super().__init__()
-        self.bn = nn.BatchNorm2d(channels)
-        self.classifier = nn.Linear(channels, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        # Kept dimensions and (-1, -2) in this order: the form of the mean that XNNPACK takes.
-        out: Tensor = self.classifier(self.bn(x).mean((-1, -2), keepdim=True).flatten(1))
-        return out
-
-
 class StarNet(Network):
     """The float network; what comes down a size counts as a block, too."""
 
@@ -84,7 +70,7 @@ class StarNet(Network):
             channels = stage.channels
             blocks += [StarBlock(channels, config.ratio) for _ in range(stage.depth)]
         self.blocks = nn.Sequential(*blocks)
-        self.head = Head(channels, config.num_classes)
+        self.head = NormHead(channels, config.num_classes)
         self.apply(_initialise)
 
     def forward(self, x: Tensor) -> Tensor:
