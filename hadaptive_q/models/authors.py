@@ -41,4 +41,4 @@ def read_authors(path: Path) -> tuple[NetworkConfig, dict[str, Tensor]]:
     for layout in layouts:
         if isinstance(content, Mapping) and layout.fits(content):
             return layout.read(content, where)
-    raise UserError(where, "a foreign layout", f"{' or '.join(layout.expected for layout in layouts)}")
+    raise UserError(where, "a foreign layout", " or ".join(layout.expected for layout in layouts))
