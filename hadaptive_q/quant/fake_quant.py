@@ -87,7 +87,30 @@ def _inside(x: Tensor, codes: Tensor, low: int, high: int) -> Tensor:
     return torch.ops.aten.hardtanh_backward(x, codes, low - 1, high + 1)  # type: ignore[no-any-return]
 
 
-class ActivationFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
+class _FakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
+    """The phase of a fake-quantizer, as plain values beside torchao's buffers.
+
+    A branch on a buffer waits for the device, and breaks a compiled graph in two.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.watching = self.rounding = True
+
+    def enable_observer(self, enabled: bool = True) -> None:
+        super().enable_observer(enabled)
+        self.watching = enabled
+
+    def enable_fake_quant(self, enabled: bool = True) -> None:
+        super().enable_fake_quant(enabled)
+        self.rounding = enabled
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self.watching, self.rounding = bool(self.observer_enabled[0]), bool(self.fake_quant_enabled[0])
+
+
+class ActivationFakeQuantize(_FakeQuantize):
     """Per-tensor affine fake-quantizer of an activation.
 
     Formula: ``y = (clamp(round(x / s) + z, low, high) - z) * s``; `s` float32 `(1,)`, `z` int32 `(1,)`.
@@ -150,9 +173,9 @@ class ActivationFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
         self.scale.requires_grad_(active and not self.known)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.observer_enabled[0]:
+        if self.watching:
             self.observer.watch(x)
-        if not self.fake_quant_enabled[0]:
+        if not self.rounding:
             return x
         if self.follow and not self.known and torch.is_grad_enabled():
             self._follow(x)
@@ -187,7 +210,7 @@ class ActivationFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
         self.zero_point = zero_point.reshape(1).to(torch.int32)
 
 
-class PerChannelWeightFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
+class PerChannelWeightFakeQuantize(_FakeQuantize):
     """Per-output-channel symmetric fake-quantizer of a weight.
 
     Formula: ``s_c = max |w_c| / high`` of the weight as it is now, ``y = clamp(round(w / s_c), -high, high) * s_c``.
@@ -211,9 +234,9 @@ class PerChannelWeightFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
         self.register_buffer("zero_point", torch.empty(0, dtype=torch.int32))
 
     def forward(self, w: Tensor) -> Tensor:
-        if self.observer_enabled[0]:
+        if self.watching:
             self.set_scale(w.detach().flatten(1).abs().amax(1) / self.quant_max)
-        if not self.fake_quant_enabled[0]:
+        if not self.rounding:
             return w
         # The optimizer may have stepped below the smallest scale; what is used is what would be written.
         top = max(self.quant_max, self.refined_max)
@@ -235,7 +258,7 @@ class PerChannelWeightFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
 
     def learn(self, active: bool) -> None:
         """Let the optimizer move a scale that is held, or stop it."""
-        self.scale.requires_grad_(active and not self.observer_enabled[0])
+        self.scale.requires_grad_(active and not self.watching)
 
     @torch.no_grad()
     def set_scale(self, scale: Tensor) -> None:

@@ -144,7 +144,7 @@ class QuantizedACH(nn.Module):
 
     def _snapped_bias(self) -> Tensor:
         """The bias on the grid of the accumulator; its gradient passes straight through."""
-        if not self.quantize_input.fake_quant_enabled[0]:
+        if not self.quantize_input.rounding:
             return self.bias
         with torch.no_grad():
             step = self.quantize_input.calculate_qparams()[0].double() * self.quantize_weight.scale.double()
@@ -162,7 +162,7 @@ class QuantizedACH(nn.Module):
     def _follow_norm(self) -> None:
         """Give the products the range that their norm's parameters imply, once ranges are used at all."""
         bounds = self.norm.bounds()
-        if bounds is not None and not self.quantize_mixed.observer_enabled[0]:
+        if bounds is not None and not self.quantize_mixed.watching:
             self.quantize_products.set_range(*bounds)
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.ao.quantization.fx import _decomposed  # noqa: F401 -- registers the operators a program is made of
 
+from hadaptive_q.quant.backends import torchao_pt2e as backend
 from hadaptive_q.quant.fake_quant import (
     MOVING_AVERAGE,
     ActivationFakeQuantize,
@@ -15,6 +16,9 @@ from hadaptive_q.quant.fake_quant import (
     weight_constructor,
 )
 from hadaptive_q.quant.formats import SMALLEST_SCALE, ActivationFormat, WeightFormat
+from hadaptive_q.quant.plan import make_plan
+from hadaptive_q.recipe import QuantizeConfig
+from hadaptive_q.rewrite.graph import trace
 
 Q = torch.ops.quantized_decomposed
 LOW, HIGH = -128, 127
@@ -382,3 +386,27 @@ def test_with_four_bits_no_scale_is_next_to_nothing() -> None:
     assert small(w)[2].tolist() == [7, -4], "half to even"
     whole(w)
     assert float(whole.scale[1]) == pytest.approx(torch.finfo(torch.float32).eps)
+
+
+def test_a_graph_under_training_compiles_in_one_piece() -> None:
+    """No branch on a buffer: it would cut the graph at every fake-quantizer."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Hardswish(), nn.Conv2d(8, 4, 1)).eval()
+    graph, x = trace(model, 8), torch.randn(4, 3, 8, 8)
+    ready = backend.calibrate(backend.prepare(graph, make_plan(graph, QuantizeConfig()), "minmax"), [x])
+    backend.start_fit(ready, learned=True)
+    compiled = torch.compile(ready.graph, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), ready.graph(x))
+    backend.freeze_ranges(ready)
+    assert torch.equal(compiled(2 * x), ready.graph(2 * x))
+
+
+def test_the_phase_comes_back_with_the_state() -> None:
+    quantizer, x = ActivationFakeQuantize(), torch.tensor([-1.0, 0.3, 2.0])
+    quantizer(x)
+    quantizer.fix()
+    other = ActivationFakeQuantize()
+    assert torch.equal(other(x), x)
+    other.load_state_dict(quantizer.state_dict())
+    assert torch.equal(other(x), quantizer(x))
+    assert not torch.equal(other(x), x)
