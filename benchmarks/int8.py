@@ -5,7 +5,7 @@
 
 Every figure comes from running the written file in the ExecuTorch runtime over the whole validation split. A run that
 is already in the output folder is not repeated. Rows replace those of the same model, data, seed and recipe in
-benchmarks/results/int8.json, from which the table in README.md is made.
+benchmarks/results/int8.json, from which the tables in README.md and docs/products.md are made.
 """
 
 from __future__ import annotations
@@ -15,7 +15,19 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from rows import ROOT, Row, flips, markdown, read_results, run, stock_int4_row, stock_row, write_results, write_section
+from rows import (
+    README,
+    ROOT,
+    Row,
+    flips,
+    markdown,
+    read_results,
+    run,
+    stock_int4_row,
+    stock_row,
+    write_results,
+    write_table,
+)
 
 from hadaptive_q.recipe import load_recipe
 
@@ -32,6 +44,7 @@ COLUMNS = (
     "bytes / float",
 )
 RECIPES = ("int8", "int8_static", "int8_ptq", "int4", "int4_ptq")
+PRODUCTS = ROOT / "docs" / "products.md"
 # The recipes' epochs are for a thousand images; ten thousand need fewer.
 FLOAT_EPOCHS, FIT_EPOCHS = {"glyphs": 10}, {"glyphs": 2}
 FIRST_SEED_ONLY: tuple[str, ...] = ()
@@ -62,7 +75,14 @@ def main() -> None:
         for data in arguments.data or ["digits"]:
             for seed in range(arguments.seeds):
                 _keep(_rows(arguments.model, data, seed, arguments.recipe or RECIPES, arguments.out))
-    write_section("int8", _table)
+    _write_tables(read_results("int8"))
+
+
+def _write_tables(rows: list[Row]) -> None:
+    """Write Hadaptive-Net's rows into the README, those of other families where their products are told of."""
+    own = [row for row in rows if str(row["model"]).startswith("hadaptive_net")]
+    write_table("int8", _table(own), README)
+    write_table("int8_others", _table([row for row in rows if row not in own]), PRODUCTS)
 
 
 def _keep(rows: list[Row]) -> None:
