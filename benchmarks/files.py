@@ -23,7 +23,6 @@ from hadaptive_q.quant.program import QuantizedProgram, export_graph
 from hadaptive_q.recipe import QuantizeConfig
 from hadaptive_q.rewrite.deploy import deploy_graph
 from hadaptive_q.rewrite.drop_no_ops import drop_no_ops
-from hadaptive_q.rewrite.equalise_multiplications import equalise_multiplications
 from hadaptive_q.rewrite.freeze_selection import freeze_selection
 
 CLASSES, BATCH = 100, 4
@@ -79,7 +78,6 @@ def lower_int8(graph: GraphModule, inputs: Tensor) -> Lowered:
 
 
 def _program(graph: GraphModule, inputs: Tensor, config: QuantizeConfig) -> QuantizedProgram:
-    equalise_multiplications(graph, [inputs])
     prepared = backend.prepare(graph, make_plan(graph, config), "minmax")
     return backend.convert(backend.calibrate(prepared, [inputs]), preprocess_of(inputs.shape[-1]), config.input)
 

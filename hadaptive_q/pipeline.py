@@ -205,7 +205,8 @@ def prepare(recipe: Recipe, graph: GraphModule) -> torchao_pt2e.Prepared:
 
 def calibrate(recipe: Recipe, graph: GraphModule, inputs: Sequence[Tensor]) -> Calibrated:
     """Prepare the deploy graph `graph` (in place), calibrate it on `inputs` and round its 4-bit weights by `recipe`."""
-    equalise_multiplications(graph, inputs)
+    if recipe.quantize.equalise:
+        equalise_multiplications(graph, inputs)
     calibrated = find_backend(recipe.quantize.backend).calibrate(prepare(recipe, graph), inputs)
     if recipe.quantize.rounding == "gptq":
         round_with_feedback(calibrated, inputs)

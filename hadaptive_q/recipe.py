@@ -99,6 +99,7 @@ class QuantizeConfig(_Section):
     has the exceptions, by the name of a layer or of a module around some. With 4 `activation_bits` the image, the
     logits and what scores are computed from keep 8.
     `rounding` is how weights that share bytes begin: at their nearest codes, or so that the layer's outputs move least.
+    `equalise` makes the channels of products between depthwise convolutions equally large.
     `ranges` are those of activations in training; `weight_ranges` the scales of weights of few bits, with Brevitas of
     all weights, which training leaves as it finds them or learns.
     """
@@ -109,6 +110,7 @@ class QuantizeConfig(_Section):
     layers: dict[str, Bits] = {}
     activation_bits: Literal[4, 8] = 8
     rounding: Literal["nearest", "gptq"] = "nearest"
+    equalise: Annotated[bool, Field(exclude_if=operator.not_)] = False
     observer: Literal["minmax", "mse", "histogram", "product"] = "histogram"
     ranges: Literal["observed", "learned"] = "observed"
     weight_ranges: Literal["observed", "learned"] = "observed"

@@ -234,7 +234,8 @@ def _prepare(recipe: Recipe, model: Network, data: ImageData, manifest: Manifest
     deploy = deploy_graph(model, data.preprocess.image_size)
     # Scales that follow the weights, whatever finds those of the recipe: bits change while it measures.
     graph = copy.deepcopy(deploy)
-    equalise_multiplications(graph, inputs)
+    if recipe.quantize.equalise:
+        equalise_multiplications(graph, inputs)
     calibrated = torchao_pt2e.calibrate(prepare(recipe, graph), inputs)
     return _Case(recipe, data, deploy, calibrated, inputs, _few(data, samples))
 
